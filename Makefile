@@ -1,0 +1,47 @@
+# Everything a newcomer needs; `make help` lists it.
+.DEFAULT_GOAL := help
+SHELL := bash
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: help setup demo test test-slow check bench evidence evidence-all lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/.setup-done: requirements.lock pyproject.toml .ci/setup
+	@.ci/setup
+
+setup: .venv/.setup-done ## find or bring Python 3.12, make .venv, install the lock and GL libraries
+
+demo: setup ## the main job: record, fine-tune four action heads, evaluate, compare (outputs/action_representations)
+	$(BIN)/vlaexp sweep experiment=action_representations
+
+test: setup ## the fast tests
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: setup ## the slow tests
+	$(PYTEST) -m "slow and not gpu"
+
+check: setup ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+bench: setup ## measure speeds side by side; results go to benchmarks/results
+	$(BIN)/python benchmarks/speed.py
+
+evidence: setup ## the quick criteria: does the project do what it says? (outputs/evidence.json)
+	$(BIN)/python benchmarks/evidence.py
+
+evidence-all: setup ## every criterion, the long ones too
+	$(BIN)/python benchmarks/evidence.py --all
+
+lock: ## pin the newest versions that fit
+	uv pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
+		--extra dev --constraint constraints.txt --output-file requirements.lock pyproject.toml
+
+clean: ## remove outputs and caches, keep .venv
+	rm -rf outputs dist .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""Fixtures: the real configuration, composed and shrunk; one small dataset, recorded once by the real recorder.
+
+Shapes annotated with jaxtyping are checked at run time here, and only here.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+from jaxtyping import install_import_hook
+
+CHECKED = [f"vlaexp.{name}" for name in ("data_types", "dataset", "env.tabletop.kinematics", "head", "model")]
+_hook = install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outputs folder of the session; holds the dataset `tabletop_pick` of 8 demonstrations."""
+    from vlaexp.config import compose
+    from vlaexp.workflow.record import record
+
+    outputs = tmp_path_factory.mktemp("outputs")
+    record(compose("record", ["dataset=tabletop_pick", "episodes=8", "workers=1", f"outputs={outputs}"]))
+    return outputs
+
+
+@pytest.fixture
+def outputs(shared_outputs: Path, tmp_path: Path) -> Path:
+    """An outputs folder of the test's own that sees the session's dataset."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "tabletop_pick").symlink_to(shared_outputs / "datasets" / "tabletop_pick")
+    return tmp_path
+
+
+@pytest.fixture
+def small(outputs: Path) -> list[str]:
+    """Overrides that shrink any training to seconds: random weights, few steps, one thread, a CSV file as tracker."""
+    return [
+        "dataset=tabletop_pick",
+        "dataset.val_fraction=0.25",
+        "model.weights=null",
+        "trainer=cpu",
+        "trainer.max_steps=4",
+        "trainer.batch_size=8",
+        "trainer.val_interval=2",
+        "trainer.checkpoint_interval=2",
+        "trainer.log_interval=1",
+        "tracker=csv",
+        f"outputs={outputs}",
+    ]

@@ -1,0 +1,88 @@
+"""The rule of one axis, pairs on the same episodes, and policies' short names."""
+
+import pytest
+
+from vlaexp.errors import UserError
+from vlaexp.report.compare import AXES, check_axes, compare, differing_axes, label, read, write
+
+
+def test_one_axis_may_differ(make_row):
+    rows = [make_row(run="a", lora="r4"), make_row(run="b", lora="r16")]
+    assert check_axes(rows, []) == {"lora": ["r16", "r4"]}
+
+
+def test_several_axes_are_refused_until_named(make_row):
+    rows = [make_row(run="a", lora="r4"), make_row(run="b", lora="r16", decoder="regression")]
+    with pytest.raises(UserError) as refusal:
+        compare(rows, [], "")
+    assert str(refusal.value) == (
+        "these runs differ in 2 axes (decoder: flow, regression; lora: r16, r4), so a difference could not be put down "
+        "to one; leave some out, or name the axes: axes=[decoder,lora]"
+    )
+    with pytest.raises(UserError, match=r"axes=\[decoder,lora\]"):
+        compare(rows, ["lora"], "")
+    assert set(compare(rows, ["decoder", "lora"], "")["axes"]) == {"decoder", "lora"}
+
+
+def test_an_unknown_axis_is_named(make_row):
+    with pytest.raises(UserError, match=r"unknown axes \['rank'\]; expected some of \['base', 'decoder'"):
+        check_axes([make_row()], ["rank"])
+
+
+def test_seeds_are_replicates_and_baselines_stand_beside(make_row):
+    rows = [
+        make_row(run="a", seed=0),
+        make_row(run="b", seed=1),
+        make_row(run="mean_action", role="baseline", head="mean_action", base="none", lora="none", steps=0),
+        make_row(run="zero_shot", role="zero-shot", lora="none", dataset="none", steps=0),
+    ]
+    assert differing_axes(rows) == {}
+    assert compare(rows, [], "")["axes"] == {}
+
+
+def test_pairs_are_within_a_split_and_on_the_same_episodes(make_row):
+    rows = [make_row(run=run, split=split, lora=run) for run in ("r4", "r16") for split in ("nominal", "moved")]
+    rows.append(make_row(run="r64", lora="r64", episodes=20))
+    pairs = compare(rows, [], "which rank?")["pairs"]
+    assert sorted(pair["split"] for pair in pairs) == ["moved", "nominal"]
+    assert all(pair["axes"] == ["lora"] for pair in pairs)
+    assert all({pair["a"], pair["b"]} == {"flow LoRA r4 step 3000", "flow LoRA r16 step 3000"} for pair in pairs)
+
+
+def test_a_pair_is_of_outcomes_not_of_rates(make_row):
+    """Equal rates on different episodes: no difference, and half of the episodes disagree."""
+    first = [True, False] * 50
+    rows = [make_row(run="a", lora="r4", outcomes=first), make_row(run="b", lora="r16", outcomes=first[::-1])]
+    pair = compare(rows, [], "")["pairs"][0]
+    assert (pair["difference"], pair["only_a"], pair["only_b"], pair["resolvable"]) == (0.0, 50, 50, False)
+    rows[1] |= {"outcomes": [False] * 100}
+    pair = compare(rows, [], "")["pairs"][0]
+    assert pair["difference"] == pytest.approx(0.5 if pair["a"] == label(rows[0]) else -0.5)
+    assert pair["resolvable"]
+    assert pair["p_value"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "flow LoRA r16 step 3000"),
+        ({"base": "tiny from scratch", "lora": "none", "freeze": "none"}, "flow from scratch step 3000"),
+        ({"lora": "none", "freeze": "vision,language"}, "flow freeze vision,language step 3000"),
+        ({"role": "zero-shot", "steps": 0}, "flow zero-shot"),
+        ({"role": "baseline", "head": "mean_action", "steps": 0}, "mean_action"),
+    ],
+)
+def test_label(make_row, changes, expected):
+    assert label(make_row(**changes)) == expected
+
+
+def test_written_is_read_again(make_row, tmp_path):
+    comparison = compare([make_row(run=run, lora=run) for run in ("r4", "r16")], [], "which rank?")
+    path = write(comparison, tmp_path / "out")
+    assert read(path) == read(path.parent) == comparison
+    assert set(comparison["axes"]) <= set(AXES)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"is damaged .* run `vlaexp compare` again"):
+        read(path)
+    with pytest.raises(UserError, match="does not exist; make it with `vlaexp compare runs="):
+        read(tmp_path / "nothing")

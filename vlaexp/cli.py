@@ -1,0 +1,157 @@
+"""`vlaexp <verb> [overrides]`: the command line. Torch and Hydra are imported only when a verb really runs."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vlaexp.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+VERBS = {
+    "record": "record scripted demonstrations of the embedded world as a LeRobotDataset",
+    "train": "fine-tune a base model under an action head; policy folders at each milestone",
+    "eval": "evaluate a policy in closed loop on a panel of splits",
+    "compare": "put evaluated policies side by side: comparison.json",
+    "report": "draw a comparison: report.html and report.md",
+    "sweep": "run a study: record, train every point, evaluate, compare, report",
+    "pretrain": "pretrain the tiny base model by the project's own recipe",
+    "manifest": "show, verify or compare the manifests of policy folders",
+}
+
+USAGE = """\
+usage: vlaexp VERB [KEY=VALUE ...] [Hydra flags]
+
+{verbs}
+
+  vlaexp VERB --help      the groups and keys of a verb, with their values
+  vlaexp VERB --cfg job   the composed configuration
+  eval "$(vlaexp -sc install=bash)"   tab completion (also zsh: install=zsh, fish: install=fish)
+
+for example:
+  vlaexp record dataset=tabletop_pick episodes=100
+  vlaexp train dataset=tabletop_pick head=flow lora=r16 eval=panel
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0, 1 for a failure, 2 for a misuse."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] in (["-sc"], ["--shell-completion"]):
+        return _complete(arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE.format(verbs="\n".join(f"  {name:<10} {text}" for name, text in VERBS.items())))
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        print(f"vlaexp: unknown verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
+        return 2
+    return _run(verb, rest)
+
+
+def _run(verb: str, overrides: list[str]) -> int:
+    # Hydra would print its own short form and exit; with this it raises, and the text below is ours.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    composed = False
+
+    def work(cfg: "DictConfig") -> None:
+        nonlocal composed
+        composed = True
+        import_module("vlaexp.workflow.verbs").run(verb, cfg)
+
+    try:
+        _hydra_app(verb, overrides, work)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        # Hydra wraps what a constructor raises; the user's error is somewhere among the causes.
+        user_error = next((cause for cause in _causes(error) if isinstance(cause, UserError)), None)
+        if user_error is None and composed:
+            raise
+        print(f"vlaexp {verb}: {user_error or explain(verb, overrides, error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _hydra_app(verb: str, overrides: list[str], function: Callable[["DictConfig"], None]) -> None:
+    import hydra
+
+    from vlaexp.config import config_dir
+
+    whole = sys.argv
+
+    def task(cfg: "DictConfig") -> None:
+        sys.argv = whole  # Lightning starts further data-parallel ranks with the same command line
+        function(cfg)
+
+    sys.argv = [f"vlaexp {verb}", *overrides]
+    hydra.main(config_path=str(config_dir()), config_name=verb, version_base="1.3")(task)()
+
+
+def explain(verb: str, overrides: Sequence[str], error: Exception) -> str:
+    """Hydra's complaint, with the available names and the nearest one."""
+    text = str(error)
+    if found := re.search(r"Could not find '([^']+)'", text):
+        group, _, choice = found.group(1).rpartition("/")
+        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        return f"there is no {group}={choice}; {nearest(choice, options)}" if options else text
+    key = _unknown_key(error, text)
+    if key is None:
+        return text
+    names, where = _siblings(verb, overrides, key)
+    last = key.rpartition(".")[2]
+    return f"there is no {'key' if where else 'key or group'} {key!r}{where}; {nearest(last, names)}"
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    causes: list[BaseException] = []
+    while error is not None and error not in causes:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    return causes
+
+
+def _unknown_key(error: Exception, text: str) -> str | None:
+    found = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    return found.group(1).split("@")[0].replace("/", ".") if found else None
+
+
+def _siblings(verb: str, overrides: Sequence[str], key: str) -> tuple[list[str], str]:
+    """The keys beside a mistyped one, from the configuration without it."""
+    from omegaconf import DictConfig
+
+    from vlaexp.config import compose
+
+    kept = [item for item in overrides if item.split("=")[0].lstrip("+~").replace("/", ".") != key]
+    node: Any = compose(verb, [item for item in kept if not item.startswith("-")])
+    parent = key.rpartition(".")[0]
+    for name in parent.split(".") if parent else ():
+        node = node.get(name) if isinstance(node, DictConfig) else None
+    if not isinstance(node, DictConfig):
+        return [], f" under {parent!r}"
+    return [str(name) for name in node], f" under {parent!r}" if parent else ""
+
+
+def _complete(arguments: list[str]) -> int:
+    """Hydra's own completion: `install` and `uninstall` as they are, `query` with the verb taken out of the line."""
+    query = any(item.startswith("query=") for item in arguments)
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    verb = words[1] if len(words) > 1 else ""
+    if query and verb not in VERBS:
+        print("\n".join(name for name in VERBS if name.startswith(verb)))
+        return 0
+    if query:
+        os.environ["COMP_LINE"] = line.replace(f" {verb}", "", 1)
+        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+    _hydra_app(verb if query else "train", arguments, lambda cfg: None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

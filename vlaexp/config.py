@@ -1,0 +1,95 @@
+"""Compose a configuration, find its files, and give a run its identity.
+
+A run is its resolved scientific configuration plus the content hashes of what it was fed. Paths, launchers, logging,
+evaluation, milestones and the number of steps are not part of it: asking twice resumes, asking for more continues.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+PACKAGE = Path(__file__).parent
+ID_LENGTH = 10
+
+# What does not change the science, by dotted key. A schedule that depends on the total number of steps holds it under
+# its own key, so that it comes back in.
+NOT_IDENTITY = (
+    "name",
+    "outputs",
+    "tracker",
+    "parent_run",
+    "eval",
+    "env",
+    "cache",
+    "experiment",
+    "dataset.name",
+    "dataset.root",
+    "dataset.repo_id",
+    "dataset.revision",
+    "dataset.convert",
+    "dataset.outputs",
+    "model.weights",
+    "trainer.max_steps",
+    "trainer.milestones",
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.num_workers",
+    "trainer.num_threads",
+    "trainer.log_interval",
+    "trainer.val_interval",
+    "trainer.checkpoint_interval",
+    "trainer.progress",
+)
+
+
+def config_dir() -> Path:
+    """The folder of YAML groups: inside an installed wheel, or at the root of a checkout."""
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+def compose(verb: str, overrides: Sequence[str] = (), extra_dir: str | None = None) -> DictConfig:
+    """The configuration of a verb, as its command line would compose it.
+
+    Args:
+        verb: name of a primary config (`train`, `eval`, ...).
+        overrides: as on the command line.
+        extra_dir: a user's own config folder (`--config-dir`).
+    """
+    search = [] if extra_dir is None else [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return hydra_compose(verb, [*search, *overrides])
+
+
+def resolved(cfg: Any) -> dict[str, Any]:
+    """A configuration node as plain data, interpolations filled in; a missing mandatory value raises with its key."""
+    data = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def identity(config: Mapping[str, Any], content: Mapping[str, str]) -> dict[str, Any]:
+    """What decides a training: the scientific part of a resolved configuration, and content hashes."""
+    kept = json.loads(json.dumps(config))
+    for dotted in NOT_IDENTITY:
+        node: Any = kept
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(last, None)
+    return {"config": kept, "content": dict(content)}
+
+
+def run_id(config: Mapping[str, Any], content: Mapping[str, str]) -> str:
+    """Short hash of `identity`."""
+    text = json.dumps(identity(config, content), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]

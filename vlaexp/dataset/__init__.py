@@ -1,0 +1,1 @@
+"""Demonstrations: LeRobot format in, batches out."""

@@ -1,0 +1,74 @@
+"""The side file `vlaexp.yaml` of a dataset: what its columns mean, which LeRobot's metadata cannot say.
+
+    embodiment: tabletop_arm                     # finds kinematics for metrics
+    cameras: {front: observation.images.front}   # camera name -> column
+    state: {column: observation.state, tool_pose: [8, 17]}
+    action_spaces:
+      joint: {column: action, spec: {...}}       # spec: see vlaexp.action_spec.ActionSpec
+    tool_target: complementary_info.tool_target  # absolute commanded tool pose, 9 numbers
+    recorded: {...}                              # provenance, free form
+
+A dataset without the file still trains with `action_space=native`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlaexp.action_spec import ActionSpec
+from vlaexp.errors import UserError
+
+CARD_FILE = "vlaexp.yaml"
+LABEL_FILE = "vlaexp_labels.json"  # episodes that were spoilt on purpose, by index
+KNOWN_KEYS = ("embodiment", "cameras", "state", "action_spaces", "tool_target", "recorded")
+
+
+@dataclass(frozen=True)
+class ActionColumn:
+    """A recorded action representation: its column and its meaning."""
+
+    column: str
+    spec: ActionSpec
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """Parsed side file."""
+
+    embodiment: str = "unknown"
+    cameras: dict[str, str] = field(default_factory=dict)
+    state_column: str | None = None
+    tool_pose: tuple[int, int] | None = None  # slice of the state that is the measured tool pose
+    action_spaces: dict[str, ActionColumn] = field(default_factory=dict)
+    tool_target: str | None = None
+    recorded: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, root: Path) -> "DatasetCard":
+        """The card beside the dataset in `root`; an empty one where there is none."""
+        path = root / CARD_FILE
+        if not path.exists():
+            return cls()
+        try:
+            data = yaml.safe_load(path.read_text()) or {}
+            unknown = sorted(set(data) - set(KNOWN_KEYS))
+            if unknown:
+                raise UserError(f"{path}: unknown keys {unknown}; expected {list(KNOWN_KEYS)}")
+            state = data.get("state", {})
+            pose = state.get("tool_pose")
+            return cls(
+                embodiment=data.get("embodiment", "unknown"),
+                cameras=dict(data.get("cameras", {})),
+                state_column=state.get("column"),
+                tool_pose=None if pose is None else (int(pose[0]), int(pose[1])),
+                action_spaces={
+                    space: ActionColumn(item["column"], ActionSpec.from_dict(item["spec"]))
+                    for space, item in data.get("action_spaces", {}).items()
+                },
+                tool_target=data.get("tool_target"),
+                recorded=dict(data.get("recorded", {})),
+            )
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error!r}); see vlaexp/dataset/card.py for its form") from error

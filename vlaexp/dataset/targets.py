@@ -1,0 +1,45 @@
+"""Labels found in hindsight: where the tool is going, from the demonstration itself.
+
+The goal of a frame (G = 3H + 10) is what the recorded commands will do: the tool positions of the next H commands, then
+two key poses as (x, y, z, cos 2yaw, sin 2yaw): the command at the next gripper event (where it first opens or closes)
+and the last command of the episode. Key poses at gripper changes follow James and Davison 2022 (arXiv 2105.14829);
+twice the yaw because a parallel gripper is the same after half a turn.
+"""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+KEY_POSE_DIM = 5
+
+
+def goal_dim(action_horizon: int) -> int:
+    """G for a horizon H."""
+    return 3 * action_horizon + 2 * KEY_POSE_DIM
+
+
+def goal_units(action_horizon: int) -> tuple[str, ...]:
+    """Unit of each entry of a goal."""
+    return (*("m",) * (3 * action_horizon), *(("m",) * 3 + ("1",) * 2) * 2)
+
+
+def key_poses(tool_target: Float[np.ndarray, "L 9"], gripper: Float[np.ndarray, "L"]) -> Float[np.ndarray, "L 2 5"]:
+    """Per frame of one episode: the pose at the next gripper event, and the last pose."""
+    tool_x = tool_target[:, 3:6]
+    yaw = np.arctan2(tool_x[:, 1], tool_x[:, 0])
+    pose = np.concatenate([tool_target[:, :3], np.cos(2 * yaw)[:, None], np.sin(2 * yaw)[:, None]], 1)
+    last = len(pose) - 1
+    following = np.full(len(pose), last)
+    open_now = gripper > 0.5
+    for i in range(last - 1, -1, -1):
+        following[i] = i + 1 if open_now[i + 1] != open_now[i] else following[i + 1]
+    return np.stack([pose[following], np.broadcast_to(pose[last], pose.shape)], 1)
+
+
+def goals(
+    tool_target: Float[np.ndarray, "L 9"],
+    keys: Float[np.ndarray, "L 2 5"],
+    steps: Int[np.ndarray, "B H"],
+) -> Float[np.ndarray, "B G"]:
+    """Goals of B chunks whose frame indices are `steps` (already clamped to the episode)."""
+    path = tool_target[steps][..., :3].reshape(len(steps), -1)
+    return np.concatenate([path, keys[steps[:, 0]].reshape(len(steps), -1)], 1)

@@ -1,0 +1,1 @@
+"""Worlds that can be reset and stepped, and nothing about learning."""

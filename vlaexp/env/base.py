@@ -1,0 +1,70 @@
+"""The protocol of a world that can be reset and stepped. Numpy only: nothing here knows about learning."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from vlaexp.action_spec import ActionSpec
+
+
+@dataclass(frozen=True)
+class EnvObservation:
+    """What one robot sees at one moment.
+
+    Attributes:
+        images: by camera name, uint8 (height, width, 3) RGB.
+        state: float32 (S,), proprioception in the units of the environment's `state_names`.
+        instruction: the command in words.
+    """
+
+    images: dict[str, np.ndarray]
+    state: np.ndarray
+    instruction: str
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one control step led to."""
+
+    success: bool
+    unreachable: bool = False  # the commanded pose could not be reached and was replaced by the nearest one
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Environment(Protocol):
+    """One episode at a time of one robot in one world.
+
+    `step` never renders: images are made by `observe`, so a policy that executes a chunk open-loop pays for one image.
+    """
+
+    fps: float
+    max_steps: int
+    cameras: tuple[str, ...]
+    state_names: tuple[str, ...]
+    action_specs: Mapping[str, ActionSpec]
+
+    def reset(self, seed: int) -> None:
+        """Draw the episode that belongs to `seed`; the same seed always gives the same episode."""
+        ...
+
+    def observe(self) -> EnvObservation: ...
+
+    def start_chunk(self) -> None:
+        """Mark the current measured state as the reference of `chunk_start` actions."""
+        ...
+
+    def step(self, action: np.ndarray, spec: ActionSpec) -> StepResult:
+        """Execute one action (A,) whose meaning is `spec`, for 1/fps seconds."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The episode's scene as plain data (JSON), for records and failure labels."""
+        ...
+
+    def privileged_state(self) -> dict[str, Any]:
+        """What no policy may see: object poses, contacts, distance to the goal."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,67 @@
+"""Evaluation splits: which episodes, in which world, and the proof that none of them was trained on."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlaexp.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvalSplit:
+    """What is different from the domain's own environment.
+
+    Args:
+        env: merged over the environment's configuration.
+        question: what the split asks, for the report.
+    """
+
+    env: Mapping[str, Any]
+    question: str
+
+
+class Panel:
+    """The splits of one evaluation, and how it runs.
+
+    Args:
+        splits: by name.
+        first_seed: episodes are the seeds first_seed, first_seed + 1, ...; the same for every policy and split.
+        episodes: per split.
+        num_envs: rows evaluated side by side.
+        workers: environment processes; 0 for none.
+        videos: episodes per split to film.
+    """
+
+    def __init__(
+        self,
+        splits: Mapping[str, Mapping[str, Any]],
+        first_seed: int,
+        episodes: int,
+        num_envs: int = 16,
+        workers: int = 2,
+        videos: int = 2,
+    ) -> None:
+        if not splits:
+            raise UserError(
+                "the panel has no splits; choose eval=nominal, eval=panel, ... or add some under eval.splits"
+            )
+        if episodes < 1 or num_envs < 1:
+            raise UserError(f"eval.episodes={episodes}, eval.num_envs={num_envs}; expected at least 1 of each")
+        self.splits = {name: EvalSplit(**split) for name, split in splits.items()}
+        self.first_seed, self.episodes = first_seed, episodes
+        self.num_envs, self.workers, self.videos = num_envs, workers, videos
+
+    @property
+    def seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.episodes)
+
+    def check_disjoint(self, training_seeds: Iterable[int]) -> None:
+        """Refuse a panel that holds episodes which were trained on."""
+        trained = set(training_seeds)
+        shared = sorted(trained & set(self.seeds))
+        if shared:
+            raise UserError(
+                f"the panel evaluates episodes that the policy was trained on: seeds {shared[:5]}"
+                f"{'...' if len(shared) > 5 else ''} ({len(shared)} of {self.episodes}); set "
+                f"eval.first_seed={max(trained) + 1_000_000}"
+            )

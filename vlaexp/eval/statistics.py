@@ -1,0 +1,66 @@
+"""Intervals for success rates, and the test for two policies on the same episodes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from scipy.stats import binomtest, norm
+
+
+def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a success rate (Wilson 1927); well behaved at 0 and 1, unlike the normal one."""
+    if not 0 <= successes <= episodes or episodes == 0:
+        raise ValueError(f"{successes} successes in {episodes} episodes")
+    z = float(norm.ppf(0.5 + confidence / 2))
+    rate = successes / episodes
+    denominator = 1 + z * z / episodes
+    centre = (rate + z * z / (2 * episodes)) / denominator
+    half = z / denominator * sqrt(rate * (1 - rate) / episodes + z * z / (4 * episodes * episodes))
+    return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Success of A minus success of B on the same seeds.
+
+    Attributes:
+        difference, ci_low, ci_high: in success rate; Newcombe's score interval for paired rates (1998, method 10).
+        p_value: exact McNemar test.
+        only_a, only_b: episodes that one alone solved.
+    """
+
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    only_a: int
+    only_b: int
+    episodes: int
+
+    @property
+    def resolvable(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.ci_low > 0 or self.ci_high < 0
+
+
+def paired_difference(a: Sequence[bool], b: Sequence[bool], confidence: float = 0.95) -> PairedDifference:
+    """Compare two policies on identical episodes, in the same order."""
+    if len(a) != len(b) or not a:
+        raise ValueError(f"paired comparison of {len(a)} and {len(b)} episodes")
+    n = len(a)
+    both = sum(x and y for x, y in zip(a, b, strict=True))
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    neither = n - both - only_a - only_b
+    rate_a, rate_b = (both + only_a) / n, (both + only_b) / n
+    low_a, high_a = wilson_interval(both + only_a, n, confidence)
+    low_b, high_b = wilson_interval(both + only_b, n, confidence)
+    margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    phi = (both * neither - only_a * only_b) / sqrt(margins) if margins > 0 else 0.0
+    difference = rate_a - rate_b
+    down_a, up_a, down_b, up_b = rate_a - low_a, high_a - rate_a, rate_b - low_b, high_b - rate_b
+    low = difference - sqrt(max(0.0, down_a**2 - 2 * phi * down_a * up_b + up_b**2))
+    high = difference + sqrt(max(0.0, up_a**2 - 2 * phi * up_a * down_b + down_b**2))
+    changed = only_a + only_b
+    p_value = float(binomtest(only_a, changed).pvalue) if changed else 1.0
+    return PairedDifference(difference, low, high, p_value, only_a, only_b, n)

@@ -1,0 +1,1 @@
+"""Action heads: hidden states of a base model in, action chunks out."""

@@ -1,0 +1,84 @@
+"""`head=flow`: flow matching over action chunks (Lipman et al. 2023, arXiv 2210.02747; pi0, arXiv 2410.24164).
+
+Convention: x_0 is noise, x_1 the action, t runs from 0 to 1, x_t = (1 - t) x_0 + t x_1, v_t = x_1 - x_0. (pi0's own
+code runs the other way: its t = 1 is noise.) The network predicts either the velocity or x_1 itself; from x_1 the
+velocity is (x_1 - x_t) / (1 - t). Sampling integrates dx = v dt with `num_steps` Euler steps.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vlaexp.errors import UserError
+from vlaexp.head.base import Head
+from vlaexp.head.layers import ChunkReadout, PlanSkip, sinusoid
+from vlaexp.model.base import Prefix
+from vlaexp.model.layers import mlp
+
+TIME_WIDTH = 64
+
+
+class FlowHead(Head):
+    """Flow matching over the chunk. Further arguments: `Head`.
+
+    Args:
+        num_steps: Euler steps of the sampler.
+        prediction: `x1` (the network predicts the action; steadier for small networks) or `velocity`.
+        time_sampling: `uniform`, or `beta` for pi0's Beta(1.5, 1) that favours noisy times.
+        samples_per_observation: noise samples drawn for each observation of a batch; the prefix is shared.
+    """
+
+    name = "flow"
+    spaces = ("ee_delta", "joint", "native")
+
+    def __init__(
+        self,
+        num_steps: int = 4,
+        prediction: Literal["x1", "velocity"] = "x1",
+        time_sampling: Literal["uniform", "beta"] = "uniform",
+        samples_per_observation: int = 4,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if num_steps < 1:
+            raise UserError(f"head.num_steps={num_steps}; expected at least 1 Euler step")
+        self._num_steps, self._prediction = num_steps, prediction
+        self._time_sampling, self._samples = time_sampling, samples_per_observation
+        width = self.model.width
+        self.readout = ChunkReadout(self.model, self.action_horizon, self.spec.dim)
+        self.skip = PlanSkip(self.model, self.state_norm, self.action_norm, self.spec, self.action_horizon)
+        self.action_in = torch.nn.Linear(self.spec.dim, width)
+        self.time_in = mlp(TIME_WIDTH, width, width)
+
+    def loss(self, prefix: Prefix, action: Float[Tensor, "B H A"], valid: Float[Tensor, "B H"]) -> Tensor:
+        prefix = self.model.repeat(prefix, self._samples)
+        x_1, valid = action.repeat(self._samples, 1, 1), valid.repeat(self._samples, 1)
+        x_0 = torch.randn_like(x_1)
+        t = self._sample_time(len(x_1), x_1.device)
+        x_t = (1 - t)[:, None, None] * x_0 + t[:, None, None] * x_1
+        wanted = x_1 if self._prediction == "x1" else x_1 - x_0
+        return self.masked_mean((self._network(prefix, x_t, t) - wanted) ** 2, valid)
+
+    def predict(self, prefix: Prefix, noise: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
+        x_t = noise
+        for i in range(self._num_steps):
+            t = torch.full((len(noise),), i / self._num_steps, device=noise.device)
+            x_t = x_t + self.velocity(prefix, x_t, t) / self._num_steps
+        return x_t
+
+    def velocity(self, prefix: Prefix, x_t: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
+        out = self._network(prefix, x_t, t)
+        return (out - x_t) / (1 - t)[:, None, None] if self._prediction == "x1" else out
+
+    def _network(self, prefix: Prefix, x_t: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
+        added = self.action_in(x_t) + self.time_in(sinusoid(t, TIME_WIDTH))[:, None]
+        return self.readout(self.model, prefix, added) + self.skip(prefix)
+
+    def _sample_time(self, count: int, device: torch.device) -> Float[Tensor, "n"]:
+        u = torch.rand(count, device=device)
+        if self._time_sampling == "uniform":
+            return u
+        # pi0: 1 - t ~ Beta(1.5, 1), by inverse transform, kept off the noise-free end
+        return 1 - (u ** (1 / 1.5) * 0.999 + 0.001)

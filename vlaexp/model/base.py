@@ -1,0 +1,115 @@
+"""The contract of a base model: an observation goes in once, suffixes of embeddings run after it.
+
+A model is one module tree whose children are named `vision`, `projector`, `language` and `decoder`; freeze policies,
+LoRA targets and attribution are said in those words. There are two ways in, and the law that they agree:
+
+    forward(observation, suffix, mask_kind)        training: the whole sequence at once
+    prefill(observation); extend(prefix, suffix)   inference: the prefix is computed once and its cache reused
+
+`mask_kind` says what suffix tokens see besides the whole prefix: `bidirectional` all suffix tokens of the same call,
+`causal` those before them. Tokens of earlier `extend` calls are always visible. The prefix never sees the suffix.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vlaexp.data_types import Observation
+from vlaexp.dataset.normalize import NormStats
+
+MaskKind = Literal["bidirectional", "causal"]
+PARTS = ("vision", "projector", "language", "decoder")
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """An observation after it ran through the model.
+
+    Attributes:
+        hidden: the tokens that suffixes attend to.
+        mask: True where a token is real.
+        cache: per-layer keys and values, in the model's own form.
+        summary: one pooled hidden state; None where the model has none.
+        plan: a compact vector that a head may read directly; None where the model has none.
+        goal: the model's prediction of the auxiliary goal (see `vlaexp.dataset.targets`); None where it has none.
+    """
+
+    hidden: Float[Tensor, "B N D"]
+    mask: Bool[Tensor, "B N"]
+    cache: Any
+    summary: Float[Tensor, "B D"] | None = None
+    plan: Float[Tensor, "B P"] | None = None
+    goal: Float[Tensor, "B G"] | None = None
+
+
+class BaseModel(nn.Module, ABC):
+    """Base class of all base models; final classes fill the abstract methods."""
+
+    cameras: tuple[str, ...]
+    width: int
+    plan_width: int
+    n_obs_steps: int
+    supported_heads: tuple[str, ...]
+    training_seeds: tuple[tuple[int, int], ...] = ()  # ranges of the episodes that the loaded weights were trained on
+    reinitialized: tuple[str, ...] = ()  # prefixes of parameters that the loaded weights did not fit (another robot)
+
+    @abstractmethod
+    def prefill(self, observation: Observation) -> Prefix:
+        """Run the observation. `observation.state` is already normalized; images are raw."""
+
+    @abstractmethod
+    def extend(
+        self, prefix: Prefix, suffix: Float[Tensor, "B M D"], mask_kind: MaskKind
+    ) -> tuple[Float[Tensor, "B M D"], Prefix]:
+        """Hidden states of `suffix` after the prefix, and the prefix that further suffixes continue from."""
+
+    @abstractmethod
+    def repeat(self, prefix: Prefix, times: int) -> Prefix:
+        """The prefix with its batch repeated `times` times (for several noise samples per observation)."""
+
+    @abstractmethod
+    def preprocess_images(self, images: Tensor) -> Tensor:
+        """The deterministic image pipeline, uint8 (n, 3, H, W) to (n, 3, h, w); idempotent, so it can be cached."""
+
+    @abstractmethod
+    def image_pipeline(self) -> str:
+        """What `preprocess_images` does, in one line; part of cache keys and manifests."""
+
+    @abstractmethod
+    def encode_images(self, images: Tensor, camera: str) -> Tensor:
+        """Features (n, N, C) of the `vision` part for preprocessed images; nothing random happens before them."""
+
+    @abstractmethod
+    def weights_fingerprint(self) -> str:
+        """sha256 of the base weights as loaded, before any adapter; the identity that adapters are tied to."""
+
+    def forward(
+        self, observation: Observation, suffix: Float[Tensor, "B M D"], mask_kind: MaskKind
+    ) -> tuple[Float[Tensor, "B M D"], Prefix]:
+        """Hidden states of the suffix, and the prefix, in one call."""
+        return self.extend(self.prefill(observation), suffix, mask_kind)
+
+    def part(self, name: str) -> nn.Module:
+        module = getattr(self, name)
+        assert isinstance(module, nn.Module)
+        return module
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        for name in PARTS:
+            yield name, self.part(name)
+
+    def input_stats(self) -> NormStats | None:
+        """Statistics that the loaded weights' inputs were normalized with; None where any will do."""
+        return None
+
+    def pretrained_decoder(self, head: str, space: str) -> Path | None:
+        """Folder of the decoder that the model ships for this head and action space.
+
+        It holds `decoder.safetensors`, `norm_stats.json` and `action_spec.json`.
+        """
+        return None

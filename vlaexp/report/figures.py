@@ -1,0 +1,167 @@
+"""The pictures of a report: which there are, and what each shows.
+
+Dots with whiskers rather than bars, so that what cannot be told apart also looks so.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from vlaexp.report.collect import Row
+from vlaexp.report.panels import (
+    MARKERS,
+    PALETTE,
+    STYLE,
+    Dots,
+    Picture,
+    dots,
+    grid,
+    height_of,
+    legend,
+    line,
+    log_ticks,
+    name_policies,
+    policies_of,
+    save,
+    whiskers,
+)
+from vlaexp.report.words import Names, key, latest, ordered
+
+Journal = Sequence[tuple[int, Mapping[str, float]]]
+Splits = Mapping[str, Sequence[Row]]
+
+CURVES = ("train/loss", "val/action_mse", "val/tool_error_mm")
+PERCENT = (-3.0, 103.0)  # so that a dot at 0 or 100 shows whole
+
+
+def draw(rows: Sequence[Row], names: Names, journals: Mapping[str, Journal]) -> list[Picture]:
+    """Every picture that the data can fill.
+
+    Args:
+        rows: of a comparison; a run's last milestone stands for it, save in the picture of success against steps.
+        names: policies in their order, by name.
+        journals: run name to its journal.
+    """
+    splits: dict[str, list[Row]] = {}
+    for row in ordered(rows):
+        splits.setdefault(row["split"], []).append(row)
+    last = {split: latest(found) for split, found in splits.items()}
+    several = any(len(last[split]) < len(splits[split]) for split in splits)
+    once = " Of each run its last milestone." if several else ""
+    curves = [metric for metric in CURVES if any(metric in row for rows in journals.values() for _, row in rows)]
+    with matplotlib.rc_context(STYLE):
+        pictures = [save("success", "Success", f"Success rate with 95% interval.{once}", _success(last, names))]
+        if several:
+            caption = (
+                "Success rate with 95% interval at each milestone; runs stand slightly apart so that whiskers show."
+            )
+            pictures.append(save("steps", "Success against steps", caption, _steps(splits, names)))
+        if curves:
+            caption = "From the journals of the runs. Losses of different decoders have different scales."
+            pictures.append(save("training", "Training", caption, _training(journals, curves, _run_names(names))))
+        caption = (
+            "Mean squared jerk of the tool, lower is smoother. A policy that hardly moves is smooth too: read it "
+            f"beside success.{once}"
+        )
+        pictures.append(save("smoothness", "Smoothness", caption, _smoothness(last, names)))
+        split, found = next(iter(last.items()))
+        caption = (
+            "Left: latency of one decision on the machine that ran the evaluation, median with a whisker to the 95th "
+            f"percentile, on {split}. Right: trained policies only.{once}"
+        )
+        pictures.append(save("cost", "Latency and trainable parameters", caption, _cost(found, names)))
+        if any(len(row["success_by_family"]) > 1 for row in rows):
+            caption = f"Success rate by family of tasks; without intervals, each from a part of the episodes.{once}"
+            pictures.append(save("families", "Success by task family", caption, _families(last, names)))
+    return pictures
+
+
+def _success(splits: Splits, names: Names) -> Figure:
+    return dots([Dots(split, "success, %", rows, _rate, limits=PERCENT) for split, rows in splits.items()], names)
+
+
+def _smoothness(splits: Splits, names: Names) -> Figure:
+    def value(row: Row) -> tuple[float, float, float]:
+        return (row["smoothness"],) * 3
+
+    return dots(
+        [Dots(split, "mean squared jerk, m²/s⁶", rows, value, log=True) for split, rows in splits.items()], names
+    )
+
+
+def _cost(rows: Sequence[Row], names: Names) -> Figure:
+    def latency(row: Row) -> tuple[float, float, float]:
+        return row["latency"], row["latency"], row["latency_p95"]
+
+    def trainable(row: Row) -> tuple[float, float, float]:
+        return (row["trainable_parameters"],) * 3
+
+    return dots(
+        [Dots("latency", "ms", rows, latency, True), Dots("parameters", "trainable", rows, trainable, True)], names
+    )
+
+
+def _steps(splits: Splits, names: Names) -> Figure:
+    trained = {row["run"] for rows in splits.values() for row in rows if row["role"] == "trained"}
+    runs = {run: name for run, name in _run_names(names).items() if run in trained}
+    span = max(row["steps"] for rows in splits.values() for row in rows)
+    figure, axes = grid(len(splits), 2.6)
+    for axis, (split, rows) in zip(axes, splits.items(), strict=True):
+        axis.set(title=split, xlabel="steps", ylabel="success, %", ylim=PERCENT)
+        for index, (run, name) in enumerate(runs.items()):
+            found = sorted((row for row in rows if row["run"] == run), key=lambda row: row["steps"])
+            x = [row["steps"] + 0.008 * span * (index - (len(runs) - 1) / 2) for row in found]
+            rates = [_rate(row) for row in found]
+            y = [rate for _, rate, _ in rates]
+            axis.errorbar(x, y, whiskers(rates), marker="o", ms=3.5, elinewidth=0.8, **line(index, name))
+    legend(figure, [Line2D([], [], marker="o", ms=3.5, **line(i, name)) for i, name in enumerate(runs.values())])
+    return figure
+
+
+def _training(journals: Mapping[str, Journal], metrics: Sequence[str], runs: Mapping[str, str]) -> Figure:
+    """One panel per metric; runs in the order of the other pictures, those that nobody evaluated last."""
+    known = [*(run for run in runs if run in journals), *(run for run in journals if run not in runs)]
+    figure, axes = grid(len(metrics), 2.6)
+    for axis, metric in zip(axes, metrics, strict=True):
+        axis.set(title=metric, xlabel="steps")
+        if not any(row.get(metric, 1.0) <= 0 for run in known for _, row in journals[run]):
+            axis.set_yscale("log")
+            log_ticks(axis.yaxis)
+        for index, run in enumerate(known):
+            found = [(step, row[metric]) for step, row in journals[run] if metric in row]
+            axis.plot([step for step, _ in found], [value for _, value in found], **line(index, run))
+    legend(figure, [Line2D([], [], **line(index, runs.get(run, run))) for index, run in enumerate(known)])
+    return figure
+
+
+def _families(splits: Splits, names: Names) -> Figure:
+    families = sorted({family for rows in splits.values() for row in rows for family in row["success_by_family"]})
+    order = policies_of(splits.values(), names)
+    figure, axes = grid(len(splits), height_of(order), sharey=True)
+    looks: list[dict[str, Any]] = [
+        {"ls": "", "ms": 4, "marker": MARKERS[i % len(MARKERS)], "color": PALETTE[i % len(PALETTE)], "label": family}
+        for i, family in enumerate(families)
+    ]
+    for axis, (split, rows) in zip(axes, splits.items(), strict=True):
+        axis.set(title=split, xlabel="success, %", xlim=PERCENT)
+        for index, (family, look) in enumerate(zip(families, looks, strict=True)):
+            found = [row for row in rows if family in row["success_by_family"]]
+            x = [100 * row["success_by_family"][family] for row in found]
+            y = [order.index(key(row)) + 0.18 * (index - (len(families) - 1) / 2) for row in found]
+            axis.plot(x, y, **look)
+    name_policies(axes[0], order, names)
+    legend(figure, [Line2D([], [], **look) for look in looks])
+    return figure
+
+
+def _rate(row: Row) -> tuple[float, float, float]:
+    """Success rate in percent: low end of the interval, rate, high end."""
+    return 100 * row["ci_low"], 100 * row["success_rate"], 100 * row["ci_high"]
+
+
+def _run_names(names: Names) -> dict[str, str]:
+    """Names of runs: those of their policies without the step."""
+    return {run: name.replace(f" step {steps}", "") for (run, steps), name in names.items()}

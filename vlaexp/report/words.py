@@ -1,0 +1,186 @@
+"""A report in words: names of policies, the pairs that matter, and an answer that claims no more than the data do."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from vlaexp.report.collect import Row
+from vlaexp.report.compare import label
+
+KINDS = ("trained", "from scratch", "zero-shot", "baseline")
+MENTIONED = 5  # policies named in one sentence; the tables name all
+METHOD = (
+    "Rates carry 95% Wilson intervals. Policies are compared on the same episodes: difference in percentage points "
+    "with a 95% Newcombe interval, exact McNemar p. A difference is called resolvable where its interval excludes "
+    "zero. Nothing is corrected for the number of comparisons, so the best of many policies looks better than it is."
+)
+Names = Mapping[tuple[str, int], str]
+Couple = tuple[Row, Row, dict[str, Any]]
+
+
+def key(row: Row) -> tuple[str, int]:
+    """What makes a policy: its run and its milestone."""
+    return row["run"], row["steps"]
+
+
+def kind(row: Row) -> str:
+    """One of `KINDS`: the role, with policies trained from random weights apart."""
+    return "from scratch" if row["role"] == "trained" and "scratch" in row["base"] else str(row["role"])
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """By split, the nominal one first; in it baselines last, and what shares a head side by side."""
+
+    def position(row: Row) -> tuple[Any, ...]:
+        place = KINDS.index(kind(row))
+        split = row["split"] != "nominal", row["split"]
+        adapter = len(row["lora"]), row["lora"]  # r4 before r16
+        return (
+            *split,
+            row["role"] == "baseline",
+            row["head"],
+            row["action_space"],
+            place,
+            *adapter,
+            row["seed"],
+            *key(row),
+        )
+
+    return sorted(rows, key=position)
+
+
+def policy_names(rows: Sequence[Row]) -> dict[tuple[str, int], str]:
+    """Policies, in order, by name: the label and, where several share it, what tells them apart."""
+    policies = {key(row): row for row in ordered(rows)}
+    groups: dict[str, list[Row]] = {}
+    for row in policies.values():
+        groups.setdefault(label(row), []).append(row)
+    names = {}
+    for text, group in groups.items():
+        fields = [
+            field
+            for field in ("base", "action_space", "lora", "freeze", "dataset", "seed")
+            if len({row[field] for row in group}) > 1
+        ]
+        told = [", ".join(f"seed {row[field]}" if field == "seed" else row[field] for field in fields) for row in group]
+        if len(set(told)) < len(group):
+            told = [row["run"] for row in group]
+        for row, suffix in zip(group, told, strict=True):
+            names[key(row)] = f"{text} ({suffix})" if suffix and len(group) > 1 else text
+    return {policy: names[policy] for policy in policies}
+
+
+def axes_text(axes: Mapping[str, Sequence[Any]]) -> str:
+    """In what the trained policies of a comparison differ, and what that allows to conclude."""
+    listing = ", ".join(f"{axis} ({', '.join(map(str, values))})" for axis, values in axes.items())
+    if not listing:
+        return "The trained policies differ in no axis."
+    several = " A difference between two of them can be put down to one axis only where the table names one."
+    return f"The trained policies differ in {listing}.{several if len(axes) > 1 else ''}"
+
+
+def paired_rows(comparison: Mapping[str, Any]) -> list[Couple]:
+    """Each pair with its two rows."""
+    rows = comparison["rows"]
+    return [(rows[pair["rows"][0]], rows[pair["rows"][1]], pair) for pair in comparison["pairs"]]
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Only each run's last milestone."""
+    last: dict[str, int] = {}
+    for row in rows:
+        last[row["run"]] = max(row["steps"], last.get(row["run"], 0))
+    return [row for row in rows if row["steps"] == last[row["run"]]]
+
+
+def relevant(a: Row, b: Row, last: Collection[tuple[str, int]]) -> bool:
+    """Whether a pair belongs into the table: two trained policies, or a trained one beside another kind.
+
+    Policies from scratch and zero-shot ones stand beside the trained policies of their own head and action space, and
+    milestones before the last beside their own run and what has as many steps.
+
+    Args:
+        a, b: of one split.
+        last: last milestones.
+    """
+    kinds = {kind(a), kind(b)}
+    stages = a["run"] == b["run"] or a["steps"] == b["steps"] or (key(a) in last and key(b) in last)
+    if "trained" not in (a["role"], b["role"]) or not stages:
+        return False
+    return len(kinds) == 1 or "baseline" in kinds or (a["head"], a["action_space"]) == (b["head"], b["action_space"])
+
+
+def differs_in(pair: Mapping[str, Any]) -> str:
+    """The axes of a pair."""
+    return ", ".join(pair["axes"]) or "no axis (replicates)"
+
+
+def answer(rows: Sequence[Row], couples: Sequence[Couple], names: Names) -> list[str]:
+    """Sentences about one split: the policy with the highest rate, and what can be told apart from it.
+
+    Args:
+        rows: all rows of the split; baselines never win but are named where they are not below.
+        couples: paired rows, of this split among others.
+        names: policies by name.
+    """
+    candidates = [row for row in rows if row["role"] != "baseline"] or rows
+    best = max(candidates, key=lambda row: row["success_rate"])
+    against = [(b, -pair["difference"], pair) for a, b, pair in couples if a is best]
+    against += [(a, pair["difference"], pair) for a, b, pair in couples if b is best]
+    against.sort(key=lambda item: -item[1])
+    unclear = [_against(*item, names) for item in against if not item[2]["resolvable"]]
+    above = [_against(*item, names) for item in against if item[2]["resolvable"] and item[1] > 0]
+    below = len(against) - len(unclear) - len(above)
+    paired = {key(best), *(key(row) for row, _, _ in against)}
+    apart = [names[key(row)] for row in rows if key(row) not in paired]
+
+    who = "baselines" if best["role"] == "baseline" else "trained and zero-shot policies"
+    solved = f"{best['successes']} of {best['episodes']} episodes, 95% interval {interval_text(best)}%"
+    rate = f"{percent(best['success_rate'])}% ({solved})"
+    if len(candidates) == 1:
+        sentences = [f"The success rate of {names[key(best)]} is {rate}."]
+    elif best["successes"]:
+        sentences = [f"Of {len(candidates)} {who}, {names[key(best)]} has the highest success rate: {rate}."]
+    else:
+        above = [f"Resolvably above: {_listed(above)}."] if above else []
+        return [f"Of {len(candidates)} {who} none succeeded ({solved}).", *above]
+    if above:
+        sentences.append(f"Resolvably above it: {_listed(above)}.")
+    if unclear:
+        sentences.append(f"Not resolvable from it with {best['episodes']} episodes: {_listed(unclear)}.")
+    if below:
+        sentences.append(f"Resolvably below it: {below} of {len(rows) - 1} others.")
+    if apart:
+        sentences.append(f"Evaluated on other episodes and so not compared with it: {_listed(apart)}.")
+    return sentences
+
+
+def _against(row: Row, difference: float, pair: Mapping[str, Any], names: Names) -> str:
+    change = f"{points(difference)} points" if difference else "equal rate"
+    what = "baseline" if row["role"] == "baseline" else f"differs in {differs_in(pair)}"
+    return f"{names[key(row)]} ({change}, {p_text(pair['p_value'], 'p')}; {what})"
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = len(items) - MENTIONED
+    return ", ".join(items[:MENTIONED]) + (f", and {more} more" if more > 0 else "")
+
+
+def percent(rate: float) -> str:
+    """A rate in percent, without the sign."""
+    return f"{100 * rate:.1f}"
+
+
+def points(difference: float) -> str:
+    """A difference of rates in percentage points, signed."""
+    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def interval_text(row: Row) -> str:
+    """A row's interval in percent."""
+    return f"{percent(row['ci_low'])} to {percent(row['ci_high'])}"
+
+
+def p_text(p: float, name: str = "") -> str:
+    """A p-value as it is read: `0.03`, `< 0.001`, or with a name `p = 0.03`."""
+    value = "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    return value if not name else f"{name} {value}" if p < 0.001 else f"{name} = {value}"

@@ -1,0 +1,1 @@
+"""Studies: many points of a grid."""

@@ -1,0 +1,67 @@
+"""A study's points: named cells of a grid, each a list of overrides for a verb."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from vlaexp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell: what to run, and what it is called in the study.
+
+    Attributes:
+        name: unique within the study.
+        verb: `train` or `eval`.
+        overrides: as on that verb's command line.
+    """
+
+    name: str
+    verb: str
+    overrides: tuple[str, ...]
+
+
+def expand(
+    arms: Mapping[str, Mapping[str, object]],
+) -> list[Point]:
+    """Points of all arms.
+
+    An arm is a verb, overrides common to the arm, and a grid whose axes (key to list of values) are multiplied out:
+
+        lora: {verb: train, overrides: [lora=r16], grid: {head: [joint, flow]}}
+
+    gives the points `lora-joint` and `lora-flow`.
+
+    Raises:
+        UserError: for an unknown verb, an empty axis or two points of one name.
+    """
+    points: list[Point] = []
+    for arm, settings in arms.items():
+        verb = str(settings.get("verb", "train"))
+        unknown = set(settings) - {"verb", "overrides", "grid"}
+        if verb not in ("train", "eval") or unknown:
+            raise UserError(
+                f"arm {arm!r} of the study has verb {verb!r} and keys {sorted(settings)}; expected verb train or eval, "
+                "overrides, grid"
+            )
+        grid = _axes(arm, settings.get("grid") or {})
+        common = settings.get("overrides") or []
+        assert isinstance(common, Sequence)
+        for values in product(*grid.values()):
+            cell = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
+            name = "-".join([arm, *(str(value) for value in values)])
+            points.append(Point(name, verb, (*map(str, common), *cell)))
+    names = [point.name for point in points]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not points:
+        raise UserError(f"the study has {len(points)} points{f', some of one name: {twice}' if twice else ''}")
+    return points
+
+
+def _axes(arm: str, grid: object) -> dict[str, list[object]]:
+    assert isinstance(grid, Mapping)
+    empty = [key for key, values in grid.items() if not values]
+    if empty:
+        raise UserError(f"arm {arm!r} has grid axes without values: {empty}; give each at least one")
+    return {str(key): list(values) for key, values in grid.items()}

@@ -1,0 +1,100 @@
+"""From a resolved configuration to model, adapter and head; used alike by training and by loading a policy."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+from vlaexp.action_spec import ActionSpec
+from vlaexp.dataset.normalize import NormStats
+from vlaexp.dataset.targets import goal_dim
+from vlaexp.errors import UserError
+from vlaexp.head.base import Head
+from vlaexp.model.base import BaseModel
+from vlaexp.model.weights import copy_strictly, read_safetensors
+
+INITS = ("auto", "pretrained", "scratch")
+
+
+def build_model(config: Mapping[str, Any], state_dim: int | None, has_goal: bool) -> BaseModel:
+    """The base model with its weights, before freezing and adapters.
+
+    Args:
+        config: resolved configuration.
+        state_dim: width of the state; None for that of the model's weights.
+        has_goal: whether the data have the hindsight goal (`vlaexp.dataset.targets`).
+    """
+    sizes = {"state_dim": state_dim, "goal_dim": goal_dim(config["action_horizon"]) if has_goal else 0}
+    with seeded(config):
+        return instantiate(config["model"], **sizes, _convert_="all")
+
+
+@contextmanager
+def seeded(config: Mapping[str, Any]) -> Iterator[None]:
+    """Random weights that depend on the run's seed alone, so that what is frozen at random can be built again."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config["seed"])
+        yield
+
+
+def choose_norm_stats(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, dataset: NormStats) -> NormStats:
+    """Statistics that the weights expect: pretrained parts keep their own, the rest are the dataset's."""
+    chosen, sources = dict(dataset.quantities), []
+    if (base := model.input_stats()) is not None:
+        chosen |= base.quantities
+        sources.append(f"{', '.join(base.quantities)}: {base.source}")
+    if (decoder := pretrained_decoder(config, model, spec.space)) is not None:
+        shipped = NormStats.load(decoder / "norm_stats.json")
+        chosen |= shipped.quantities
+        sources.append(f"{', '.join(shipped.quantities)}: {shipped.source}")
+    kept = replace(dataset, quantities={name: chosen[name] for name in dataset.quantities})
+    return replace(kept, source="; ".join([*sources, f"others: {dataset.source}"])) if sources else kept
+
+
+def head_name(config: Mapping[str, Any]) -> str:
+    """`flow` for a head of module `vlaexp.head.flow`: the word that the user writes."""
+    return str(config["head"]["_target_"]).split(".")[-2]
+
+
+def pretrained_decoder(config: Mapping[str, Any], model: BaseModel, space: str) -> Path | None:
+    """Folder of the shipped decoder that `head.init` leads to, or None to start from scratch."""
+    init = config["head"]["init"]
+    if init not in INITS:
+        raise UserError(f"head.init={init!r}; expected one of {list(INITS)}")
+    if init == "scratch":
+        return None
+    shipped = model.pretrained_decoder(head_name(config), space)
+    if init == "pretrained" and shipped is None:
+        raise UserError(
+            f"{type(model).__name__} ships no decoder for head={head_name(config)} in action space {space!r} with "
+            "these weights; set head.init=scratch"
+        )
+    return shipped
+
+
+def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, norm_stats: NormStats) -> Head:
+    """The head on an unfrozen model without adapters, started from the model's own decoder where it has one."""
+    # Objects are passed to a partial: Hydra would turn dataclasses among its own arguments into configurations.
+    make_head = instantiate(
+        {key: value for key, value in config["head"].items() if key != "init"}, _partial_=True, _convert_="all"
+    )
+    with seeded(config):
+        head: Head = make_head(
+            model=model,
+            spec=spec,
+            norm_stats=norm_stats,
+            action_horizon=config["action_horizon"],
+            n_action_steps=config["n_action_steps"],
+            optimizer=instantiate(config["optimizer"]),
+            schedule=instantiate(config["schedule"]),
+            augmentation=instantiate(config["augmentation"]) if config["augmentation"] else None,
+            seed=config["seed"],
+        )
+    if (folder := pretrained_decoder(config, model, spec.space)) is not None:
+        path = folder / "decoder.safetensors"
+        copy_strictly(head.decoder_tensors(), read_safetensors(path), str(path))
+    return head

@@ -1,0 +1,126 @@
+"""What happens at steps of a training: resume checkpoints, milestones, progress."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from vlaexp.trainer.tracking import LightningJournal
+
+CHECKPOINT = "checkpoint.ckpt"
+
+
+class StepCallback(Callback):
+    """Acts once at given optimizer steps, after everything of that step (validation, logging) is done.
+
+    That moment is the start of the next batch, or the end of training; a checkpoint taken then resumes exactly.
+    """
+
+    def __init__(self, due: Callable[[int], bool], act: Callable[[L.Trainer, int], None]) -> None:
+        self._due, self._act = due, act
+        self._last = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._visit(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._visit(trainer, final=True)
+
+    def _visit(self, trainer: L.Trainer, final: bool = False) -> None:
+        step = trainer.global_step
+        if step > self._last and (final or self._due(step)):
+            self._last = step
+            self._act(trainer, step)
+
+
+def checkpoint_callback(folder: Path, interval: int) -> StepCallback:
+    """Write the resume checkpoint every `interval` steps and at the end; the old one is replaced at once."""
+
+    def save(trainer: L.Trainer, step: int) -> None:
+        partial = folder / f"{CHECKPOINT}.partial"
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            partial.replace(folder / CHECKPOINT)
+
+    return StepCallback(lambda step: step % interval == 0, save)
+
+
+def milestone_callback(milestones: Sequence[int], act: Callable[[int], None]) -> StepCallback:
+    """Call `act(step)` at each milestone and at the end."""
+    wanted = set(milestones)
+
+    def at(trainer: L.Trainer, step: int) -> None:
+        if trainer.is_global_zero:
+            act(step)
+
+    return StepCallback(lambda step: step in wanted, at)
+
+
+class JournalStep(Callback):
+    """Tells the journal the number of optimizer steps done; Lightning's own counter is off by one after a resume."""
+
+    def __init__(self, journal: LightningJournal) -> None:
+        self._journal = journal
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._journal.set_step(trainer.global_step)
+
+
+class StepProgress(Callback):
+    """A line to stderr every few seconds: step, speed, time left, loss."""
+
+    def __init__(self, label: str, every_s: float = 5.0) -> None:
+        self._label, self._every = label, every_s
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin, self._first = time.monotonic(), trainer.global_step
+        self._shown = self._begin
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now, step, last = time.monotonic(), trainer.global_step, int(trainer.max_steps)
+        if step == self._first or (now - self._shown < self._every and step != last):
+            return
+        self._shown = now
+        speed = (step - self._first) / max(now - self._begin, 1e-9)
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        shown = " ".join(f"{name} {values[name]:.4g}" for name in ("train/loss", "val/action_mse") if name in values)
+        left = (last - step) / max(speed, 1e-9)
+        print(
+            f"{self._label}: step {step}/{last} {speed:.1f} steps/s, {left:.0f} s left  {shown}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class TrainableOnly(Callback):
+    """Keep frozen weights out of checkpoints, and check on resume that all others are there."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        kept = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        wanted = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        lost = sorted(wanted ^ set(checkpoint["state_dict"]))
+        assert not lost, f"checkpoint and model differ in {lost}; the run id should have told them apart"
+
+
+def checkpoint_step(path: Path) -> int:
+    """Optimizer steps done in a checkpoint; 0 where there is none."""
+    if not path.exists():
+        return 0
+    return int(torch.load(path, map_location="cpu", weights_only=False)["global_step"])

@@ -1,0 +1,159 @@
+"""Train a head: loaders, Lightning trainer, resume. Nothing here knows which model, head or dataset it is."""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from vlaexp.data_types import Batch
+from vlaexp.dataset.batches import ChunkDataset, Position, StepSampler
+from vlaexp.errors import UserError
+from vlaexp.head.base import Head
+from vlaexp.trainer.callbacks import (
+    CHECKPOINT,
+    JournalStep,
+    StepProgress,
+    TrainableOnly,
+    checkpoint_callback,
+    milestone_callback,
+)
+from vlaexp.trainer.tracking import LightningJournal, RunLog
+
+VAL_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings of a training.
+
+    Args:
+        max_steps: optimizer steps in all.
+        batch_size: per device and step, before accumulation.
+        milestones: steps that leave a policy folder; the last step always does.
+        val_interval: steps between validations.
+        max_val_samples: validate on at most so many held-out frames, drawn evenly.
+        checkpoint_interval: steps between resume checkpoints.
+        log_interval: steps between logged training losses.
+        accumulate_grad_batches, gradient_clip_val, accelerator, devices, precision, strategy: Lightning's.
+        num_workers: loader processes; 0 is fastest for data in memory.
+        num_threads: CPU threads of this process; 0 leaves torch's choice.
+    """
+
+    max_steps: int
+    batch_size: int
+    milestones: Sequence[int] = ()
+    val_interval: int = 250
+    max_val_samples: int = 2048
+    checkpoint_interval: int = 250
+    log_interval: int = 25
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float = 1.0
+    accelerator: str = "auto"
+    devices: int = 1
+    precision: str = "32-true"
+    strategy: str = "auto"
+    num_workers: int = 0
+    num_threads: int = 0
+
+    def __post_init__(self) -> None:
+        late = [step for step in self.milestones if not 0 < step <= self.max_steps]
+        if late:
+            raise UserError(
+                f"trainer.milestones {late} lie outside 1..max_steps={self.max_steps}; raise max_steps or drop them"
+            )
+        for name in ("max_steps", "batch_size", "val_interval", "checkpoint_interval", "log_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name}={getattr(self, name)}; expected at least 1")
+
+
+def fit(
+    head: Head,
+    train: ChunkDataset,
+    val: ChunkDataset | None,
+    settings: Fit,
+    folder: Path,
+    log: RunLog | None,
+    on_milestone: Callable[[int], None],
+    label: str,
+) -> int:
+    """Train to `settings.max_steps`, continuing the checkpoint in `folder` where there is one.
+
+    Returns:
+        The optimizer steps done in all.
+    """
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    journal = LightningJournal(log)  # None on data-parallel ranks beside the first
+    trainer = L.Trainer(
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        precision=settings.precision,  # type: ignore[arg-type]
+        strategy=settings.strategy,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.gradient_clip_val,
+        val_check_interval=settings.val_interval * settings.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=settings.log_interval,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=journal,
+        default_root_dir=folder,
+        callbacks=[
+            JournalStep(journal),
+            TrainableOnly(),
+            milestone_callback(settings.milestones, on_milestone),
+            checkpoint_callback(folder, settings.checkpoint_interval),
+            StepProgress(label),
+        ],
+    )
+    checkpoint = folder / CHECKPOINT
+    head.strict_loading = False  # frozen weights are not in the checkpoint; TrainableOnly checks the others
+    with warnings.catch_warnings():
+        for message in (".*does not have many workers.*", ".*not resumable.*", ".*litlogger.*", ".*LeafSpec.*"):
+            warnings.filterwarnings("ignore", message=message)
+        trainer.fit(
+            head,
+            train_loader(train, settings, trainer, head.seed),
+            val_loader(val, settings),
+            ckpt_path=checkpoint if checkpoint.exists() else None,
+            weights_only=False,
+        )
+    return int(trainer.global_step)
+
+
+def train_loader(data: ChunkDataset, settings: Fit, trainer: L.Trainer, seed: int) -> DataLoader[Batch]:
+    """Endless training batches that begin where the trainer's step count says."""
+
+    def position() -> Position:
+        done = trainer.global_step * settings.accumulate_grad_batches
+        return Position(done, trainer.global_rank, trainer.world_size)
+
+    sampler = StepSampler(len(data), settings.batch_size, seed, position)
+    return DataLoader(data, batch_sampler=sampler, collate_fn=_as_is, num_workers=settings.num_workers)
+
+
+def val_loader(data: ChunkDataset | None, settings: Fit) -> DataLoader[Batch] | None:
+    """Held-out batches in a fixed order; an even sample where there are more than `max_val_samples`."""
+    if data is None:
+        return None
+    count = min(len(data), settings.max_val_samples)
+    order = [int(i * len(data) / count) for i in range(count)]
+    batches = [order[i : i + VAL_BATCH] for i in range(0, count, VAL_BATCH)]
+    return DataLoader(data, batch_sampler=batches, collate_fn=_as_is)  # type: ignore[arg-type]
+
+
+def _as_is(batch: Any) -> Any:
+    """The dataset already fetches whole batches."""
+    return batch

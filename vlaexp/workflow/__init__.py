@@ -1,0 +1,1 @@
+"""What joins the floors: one short file per verb."""

@@ -1,0 +1,52 @@
+"""`vlaexp compare` writes the data, `vlaexp report` draws it; a study does both."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlaexp.errors import UserError
+from vlaexp.report.collect import Row, collect_folders, collect_mlflow
+from vlaexp.report.compare import compare, read, write
+from vlaexp.report.render import render
+from vlaexp.report.words import latest
+from vlaexp.trainer.tracking import read_journal
+
+
+def compare_verb(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    """Collect rows from `cfg.runs` or `cfg.mlflow`, compare them, write `comparison.json` into `cfg.output`."""
+    if bool(cfg.runs) == bool(cfg.mlflow.experiment):
+        raise UserError("name either runs=[FOLDER,...] or mlflow.experiment=NAME to say what shall be compared")
+    rows = (
+        collect_folders([Path(run) for run in cfg.runs])
+        if cfg.runs
+        else collect_mlflow(cfg.mlflow.uri, cfg.mlflow.experiment)
+    )
+    if cfg.steps == "last":
+        rows = latest(rows)
+    comparison = compare(rows, list(cfg.axes), cfg.question)
+    return write(comparison, Path(cfg.output)), comparison
+
+
+def report_verb(cfg: DictConfig) -> list[Path]:
+    """Draw the comparison of `cfg.input`."""
+    folder = Path(cfg.input)
+    comparison = read(folder)
+    return render(comparison, folder if folder.is_dir() else folder.parent, cfg.title, journals(comparison))
+
+
+def publish(
+    rows: Sequence[Row], axes: Sequence[str], question: str, title: str, folder: Path, command: str
+) -> tuple[dict[str, Any], list[Path]]:
+    """Compare and draw into `folder`; returns the comparison and the files made."""
+    comparison = compare(rows, axes, question)
+    data = write(comparison, folder)
+    return comparison, [data, *render(comparison, folder, title, journals(comparison), command)]
+
+
+def journals(comparison: dict[str, Any]) -> dict[str, list[tuple[int, dict[str, float]]]]:
+    """Training curves of the runs in a comparison, where their folders are at hand."""
+    # evidence lies in RUN/milestones/STEP/eval/SPLIT
+    folders = {row["run"]: Path(row["folder"]).parents[3] for row in comparison["rows"] if row["role"] == "trained"}
+    return {run: rows for run, folder in folders.items() if (rows := read_journal(folder))}

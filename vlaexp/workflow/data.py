@@ -1,0 +1,96 @@
+"""The data of a training: its demonstrations, and its frames, decoded on the fly, cached, or as vision features."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from vlaexp.dataset.batches import Frames
+from vlaexp.dataset.cache import cached_frames
+from vlaexp.dataset.demonstrations import Demonstrations
+from vlaexp.errors import UserError, nearest
+from vlaexp.model.base import BaseModel
+from vlaexp.model.weights import fingerprint
+
+Compute = Callable[[np.ndarray], np.ndarray]
+MODES = ("auto", "features", "images", "none")
+
+
+def load_demonstrations(cfg: DictConfig) -> Demonstrations:
+    """The dataset of a configuration, in its action space."""
+    if cfg.dataset is None:
+        raise UserError("this needs demonstrations; set dataset=tabletop_pick (or another, see conf/dataset)")
+    make = instantiate(cfg.dataset, _partial_=True, _convert_="all")
+    return make(action_space=instantiate(cfg.action_space), action_horizon=cfg.action_horizon)
+
+
+def feature_cache_obstacle(config: Mapping[str, Any], model: BaseModel) -> str | None:
+    """Why vision features may not be cached, or None where it is legal."""
+    if any(parameter.requires_grad for parameter in model.part("vision").parameters()):
+        return "the vision part is trained (freeze= leaves it trainable, or lora.parts contains it)"
+    if config["augmentation"]:
+        return "images are augmented (set augmentation=none)"
+    if model.n_obs_steps != 1:
+        return f"the model looks at {model.n_obs_steps} steps"
+    return None
+
+
+def training_frames(
+    config: Mapping[str, Any], demos: Demonstrations, model: BaseModel, folder: Path
+) -> tuple[dict[str, Frames], bool]:
+    """Frames by camera, and whether they are features; `cache.mode=auto` takes the fastest legal way within limits."""
+    mode, limit = config["cache"]["mode"], float(config["cache"]["limit_gb"])
+    if mode not in MODES:
+        raise UserError(f"unknown cache.mode {mode!r}; {nearest(mode, MODES)}")
+    obstacle = feature_cache_obstacle(config, model)
+    if mode == "features" and obstacle is not None:
+        raise UserError(f"cache.mode=features is not legal here: {obstacle}; use cache.mode=auto")
+    if mode == "auto":
+        mode = "images" if obstacle is not None else "features"
+        if _size_gb(demos, model, mode) > limit:
+            mode = "images" if _size_gb(demos, model, "images") <= limit else "none"
+    raw = {camera: demos.frames(camera) for camera in model.cameras}
+    if mode == "none":
+        return raw, False
+    caches: dict[str, Frames] = {}
+    for camera, source in raw.items():
+        key = {
+            "files": {name: digest for name, digest in demos.files.items() if name.startswith(("data/", "videos/"))},
+            "column": demos.cameras[camera],
+            "pipeline": model.image_pipeline(),
+            "torch": torch.__version__,
+            "mode": mode,
+        }
+        if mode == "features":
+            key |= {"vision": fingerprint(model.part("vision").state_dict()), "dtype": "float32"}
+        compute = _features(model, camera) if mode == "features" else _images(model)
+        caches[camera] = cached_frames(
+            folder, key, source, demos.folder.num_frames, compute, limit, f"{mode} of {camera}"
+        )
+    return caches, mode == "features"
+
+
+def _images(model: BaseModel) -> Compute:
+    def compute(raw: np.ndarray) -> np.ndarray:
+        return model.preprocess_images(torch.from_numpy(raw)).numpy()
+
+    return compute
+
+
+def _features(model: BaseModel, camera: str) -> Compute:
+    def compute(raw: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model.encode_images(model.preprocess_images(torch.from_numpy(raw)), camera).float().numpy()
+
+    return compute
+
+
+def _size_gb(demos: Demonstrations, model: BaseModel, mode: str) -> float:
+    camera = model.cameras[0]
+    compute = _features(model, camera) if mode == "features" else _images(model)
+    row = compute(demos.frames(camera)[np.arange(1)])
+    return row.nbytes * demos.folder.num_frames * len(model.cameras) / 1e9

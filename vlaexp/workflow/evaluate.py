@@ -1,0 +1,87 @@
+"""`vlaexp eval`: any policy on a panel of splits, and the evaluation of a training's milestones."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from vlaexp.config import resolved
+from vlaexp.errors import UserError
+from vlaexp.eval.panel import SUMMARY, evaluate
+from vlaexp.eval.split import Panel
+from vlaexp.report.collect import DESCRIPTOR
+from vlaexp.trainer.tracking import RunLog
+from vlaexp.workflow.policies import NamedPolicy, from_folder
+
+LOGGED = ("success_rate", "ci_low", "ci_high", "mean_squared_jerk", "seam_jump_mm", "latency_ms_median")
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Where the evidence is, and the summaries by split."""
+
+    folder: Path
+    summaries: dict[str, dict[str, Any]]
+
+
+def evaluate_verb(cfg: DictConfig) -> EvalResult:
+    """Evaluate the policy that `policy=` names on the panel that `eval=` names."""
+    panel = build_panel(cfg)
+    if panel is None:
+        raise UserError("eval=none evaluates nothing; choose eval=nominal, eval=panel, ...")
+    named: NamedPolicy = instantiate(cfg.policy)(cfg)
+    result = run_panel(named, panel, cfg)
+    log = RunLog(named.log_folder, instantiate(cfg.tracker), named.descriptor["run"], named.descriptor, _tags(cfg))
+    log_evidence(log, result, named.descriptor["steps"])
+    log.finish("finished")
+    return result
+
+
+def evaluate_milestones(cfg: DictConfig, folders: Mapping[int, Path], log: RunLog) -> dict[int, EvalResult]:
+    """Evaluate the policy folders of a training, and log the rates at each milestone's step."""
+    panel = build_panel(cfg)
+    if panel is None:
+        return {}
+    results = {}
+    for step, folder in sorted(folders.items()):
+        results[step] = run_panel(from_folder(folder), panel, cfg)
+        log_evidence(log, results[step], step)
+    return results
+
+
+def log_evidence(log: RunLog, result: EvalResult, step: int) -> None:
+    """Rates as metrics at `step`, and the summaries as artifacts, from which a comparison can be made elsewhere."""
+    folder = f"eval/step_{step:06d}"
+    log.artifact(result.folder / DESCRIPTOR, folder)
+    for split, summary in result.summaries.items():
+        log.log({f"eval/{split}/{key}": summary[key] for key in LOGGED}, step)
+        log.artifact(result.folder / split / SUMMARY, f"{folder}/{split}")
+
+
+def _tags(cfg: DictConfig) -> dict[str, str]:
+    return {} if cfg.parent_run is None else {"mlflow.parentRunId": cfg.parent_run}
+
+
+def build_panel(cfg: DictConfig) -> Panel | None:
+    """The panel of `eval=`; None for `eval=none`."""
+    return instantiate(cfg.eval) if cfg.eval else None
+
+
+def run_panel(named: NamedPolicy, panel: Panel, cfg: DictConfig) -> EvalResult:
+    """Evaluate a policy in the environment of the configuration, or else in that of its training."""
+    panel.check_disjoint(named.training_seeds)
+    env = named.env if cfg.env is None else resolved(cfg.env)
+    if env is None:
+        raise UserError(
+            f"no environment is named and {named.descriptor['run']} was trained without one; set env=tabletop_pick "
+            "(or another, see conf/env)"
+        )
+    folder = named.folder / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DESCRIPTOR).write_text(json.dumps(named.descriptor, indent=1) + "\n")
+    label = f"{named.descriptor['run']} step {named.descriptor['steps']}"
+    return EvalResult(folder, evaluate(named.policy, env, panel, folder, label, named.key))

@@ -1,0 +1,219 @@
+"""Every kind of policy by name: trained ones, the base as it is, and the baselines (`conf/policy/`)."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from vlaexp import manifest
+from vlaexp.action_spec import ActionSpec
+from vlaexp.config import resolved
+from vlaexp.data_types import Policy
+from vlaexp.dataset.demonstrations import Demonstrations
+from vlaexp.dataset.normalize import NormStats
+from vlaexp.env.tabletop.env import EE_DELTA_SPEC
+from vlaexp.errors import UserError
+from vlaexp.eval.baselines import ConstantPolicy, ExpertPolicy, NearestNeighbourPolicy, RandomPolicy, ReplayPolicy
+from vlaexp.trainer.build import build_head, build_model, head_name, pretrained_decoder
+from vlaexp.trainer.policy_folder import load_policy
+from vlaexp.trainer.tracking import JOURNAL
+from vlaexp.workflow.data import load_demonstrations
+
+DECODERS = {
+    "joint": "regression",
+    "ee_delta": "regression",
+}  # heads that are a decoder in one space; others are their own
+
+
+@dataclass(frozen=True)
+class NamedPolicy:
+    """A policy with what an evaluation has to know about it.
+
+    Attributes:
+        folder: evidence goes to its `eval/`.
+        log_folder: where the run's journal and tracker ids are.
+        key: identity, so that a finished split is not run again.
+        training_seeds: episodes it has seen.
+        env: the environment of its training, where it has one.
+        descriptor: the fields by which results are compared.
+    """
+
+    policy: Policy
+    folder: Path
+    log_folder: Path
+    key: str
+    training_seeds: Sequence[int]
+    env: dict[str, Any] | None
+    descriptor: dict[str, Any]
+
+
+def describe(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields by which a trained policy is compared, from its manifest."""
+    config = record["config"]
+    adaptation = record["adaptation"]
+    scratch = config["model"].get("weights", "") is None
+    return {
+        "run": record["run"],
+        "role": "trained",
+        "base": record["base"]["name"].split(".")[-2] + (" from scratch" if scratch else ""),
+        "base_fingerprint": record["base"]["fingerprint"],
+        "head": record["head"],
+        "decoder": DECODERS.get(record["head"], record["head"]),
+        "action_space": record["action_spec"]["space"],
+        "lora": f"r{config['lora']['rank']}" if config["lora"]["rank"] else "none",
+        "freeze": ",".join(record["freeze"]) or "none",
+        "dataset": record["dataset"]["name"],
+        "dataset_content": record["dataset"]["content"],
+        "seed": record["seed"],
+        "steps": record["step"],
+        "trainable_parameters": adaptation["trainable"],
+        "parameters": adaptation["total"],
+        "manifest": record["sha256"],
+    }
+
+
+def training_seeds(record: Mapping[str, Any]) -> list[int]:
+    """Seeds of the episodes that a policy was trained on, its base's included, from its manifest."""
+    seeds = [int(seed) for seed in record["dataset"]["recorded"].get("seeds", [])]
+    return seeds + [seed for low, high in record["base"]["training_seeds"] for seed in range(low, high)]
+
+
+def from_folder(folder: Path, n_action_steps: int | None = None) -> NamedPolicy:
+    """A policy folder, on the accelerator where there is one."""
+    record = manifest.read(folder)
+    head = load_policy(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    if n_action_steps is not None:
+        if not 1 <= n_action_steps <= head.action_horizon:
+            raise UserError(f"policy.n_action_steps={n_action_steps}; expected 1 to {head.action_horizon}")
+        head.n_action_steps = n_action_steps
+    env = yaml.safe_load((folder / "config.yaml").read_text()).get("env")
+    run = folder.resolve().parents[1]
+    log_folder = run if (run / JOURNAL).exists() else folder / "eval"  # a copied policy folder has no run around it
+    return NamedPolicy(head, folder, log_folder, record["sha256"], training_seeds(record), env, describe(record))
+
+
+def trained(cfg: DictConfig, path: str, n_action_steps: int | None) -> NamedPolicy:
+    """`policy=trained`: a policy folder, or the last milestone of a run folder."""
+    folder = Path(path)
+    milestones = sorted((folder / "milestones").glob("step_??????")) if folder.is_dir() else []
+    return from_folder(milestones[-1] if milestones else folder, n_action_steps)
+
+
+def base(cfg: DictConfig) -> NamedPolicy:
+    """`policy=base`: the base model with its shipped decoder, as it is (zero-shot)."""
+    config = resolved(cfg)
+    model = build_model(config, state_dim=None, has_goal=True)
+    decoder = pretrained_decoder(config, model, config["action_space"]["space"])
+    stats = model.input_stats()
+    if decoder is None or stats is None:
+        raise UserError(
+            f"model={config['model']['_target_']} ships nothing that acts by itself with head={head_name(config)} in "
+            f"action space {config['action_space']['space']!r}; choose a head and space that it ships, or train one"
+        )
+    shipped = NormStats.load(decoder / "norm_stats.json")
+    stats = NormStats(stats.quantities | shipped.quantities, stats.units | shipped.units, shipped.source)
+    spec = ActionSpec.load(decoder / "action_spec.json")
+    head = build_head(config, model, spec, stats).eval()
+    fields = {
+        "role": "zero-shot",
+        "base": type(model).__module__.split(".")[-1],
+        "base_fingerprint": model.weights_fingerprint(),
+        "head": head_name(config),
+        "decoder": DECODERS.get(head_name(config), head_name(config)),
+        "action_space": spec.space,
+        "parameters": sum(parameter.numel() for parameter in head.parameters()),
+    }
+    seeds = [seed for low, high in model.training_seeds for seed in range(low, high)]
+    return _baseline(cfg, f"zero_shot_{head_name(config)}", head, fields, training_seeds=seeds, **fields)
+
+
+def expert(cfg: DictConfig) -> NamedPolicy:
+    """`policy=expert`: the scripted expert of the embedded world."""
+    # The copy of the world must show nothing and know no perturbation: the scene of each episode says it all.
+    make_env = partial(instantiate, OmegaConf.create(_environment(cfg)), _convert_="all")
+    return _baseline(cfg, "expert", ExpertPolicy(make_env, cfg.n_action_steps), {}, action_space="ee_delta")
+
+
+def random(cfg: DictConfig) -> NamedPolicy:
+    """`policy=random`: uniform tool motions within the bounds of `ee_delta`."""
+    return _baseline(cfg, "random", RandomPolicy(EE_DELTA_SPEC, cfg.n_action_steps), {}, action_space="ee_delta")
+
+
+def constant(cfg: DictConfig) -> NamedPolicy:
+    """`policy=constant`: the mean action of the training data."""
+    demos = load_demonstrations(cfg)
+    action = demos.statistics().quantities["action"].mean
+    policy = ConstantPolicy(action, demos.spec, cfg.n_action_steps)
+    return _from_demonstrations(cfg, "mean_action", policy, demos)
+
+
+def nearest_neighbour(cfg: DictConfig) -> NamedPolicy:
+    """`policy=nearest_neighbour`: what the most similar training frame was followed by."""
+    demos = load_demonstrations(cfg)
+    frames = {camera: demos.frames(camera) for camera in demos.cameras}
+    data = demos.chunks(demos.split.train, frames, n_obs_steps=1, cached_features=False)
+    return _from_demonstrations(cfg, "nearest_neighbour", NearestNeighbourPolicy(data, cfg.n_action_steps), demos)
+
+
+def replay(cfg: DictConfig) -> NamedPolicy:
+    """`policy=replay`: demonstrations played back whatever is seen."""
+    demos = load_demonstrations(cfg)
+    columns, train = demos.columns, list(demos.split.train)
+    if columns.spec.reference not in ("absolute", "previous_command"):
+        raise UserError(
+            f"policy=replay cannot play actions against {columns.spec.reference!r}; set action_space=joint or "
+            "action_space.reference=previous_command"
+        )
+    starts, ends = columns.episode_start[train].tolist(), columns.episode_end[train].tolist()
+    policy = ReplayPolicy(columns.action, starts, ends, columns.spec, cfg.n_action_steps)
+    return _from_demonstrations(cfg, "replay", policy, demos)
+
+
+def _environment(cfg: DictConfig) -> dict[str, Any]:
+    if cfg.env is None:
+        raise UserError("this policy needs an environment; set env=tabletop_pick (or another, see conf/env)")
+    return resolved(cfg.env)
+
+
+def _from_demonstrations(cfg: DictConfig, name: str, policy: Policy, demos: Demonstrations) -> NamedPolicy:
+    fields = {"action_space": demos.spec.space, "dataset": demos.name, "dataset_content": demos.content_hash()}
+    seeds = [int(seed) for seed in demos.card.recorded.get("seeds", [])]
+    return _baseline(cfg, name, policy, fields, training_seeds=seeds, **fields)
+
+
+def _baseline(
+    cfg: DictConfig,
+    name: str,
+    policy: Policy,
+    identity: Mapping[str, Any],
+    training_seeds: Sequence[int] = (),
+    **fields: Any,
+) -> NamedPolicy:
+    key = hashlib.sha256(json.dumps({"name": name, **identity}, sort_keys=True).encode()).hexdigest()
+    descriptor = {
+        "run": f"{name}-{key[:10]}",
+        "role": "baseline",
+        "base": "none",
+        "base_fingerprint": "",
+        "head": name,
+        "decoder": name,
+        "action_space": "none",
+        "lora": "none",
+        "freeze": "none",
+        "dataset": "none",
+        "dataset_content": "",
+        "seed": 0,
+        "steps": 0,
+        "trainable_parameters": 0,
+        "parameters": 0,
+    } | fields
+    folder = Path(cfg.outputs) / "policies" / str(descriptor["run"])
+    return NamedPolicy(policy, folder, folder, key, training_seeds, None, descriptor)

@@ -1,0 +1,151 @@
+"""What each verb runs, and the lines with which it ends: what it made, and where."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vlaexp.errors import UserError
+
+
+def run(verb: str, cfg: DictConfig) -> None:
+    """Run a verb of the command line."""
+    actions: dict[str, Callable[[DictConfig], None]] = {
+        "record": _record,
+        "train": _train,
+        "eval": _eval,
+        "compare": _compare,
+        "report": _report,
+        "sweep": _sweep,
+        "pretrain": _pretrain,
+        "manifest": _manifest,
+    }
+    actions[verb](cfg)
+
+
+def _record(cfg: DictConfig) -> None:
+    from vlaexp.workflow.record import record
+
+    made = record(cfg)
+    print(
+        f"{made['episodes']} demonstrations ({made['frames']} frames, {made['expert_failures']} seeds skipped) in "
+        f"{made['seconds']} s: {made['episodes_per_s']} episodes/s\nmade {made['root']}"
+    )
+
+
+def _train(cfg: DictConfig) -> None:
+    from vlaexp.workflow.train import train
+
+    result = train(cfg)
+    if result.held_out:
+        print(held_out_lines(result.held_out))
+    for step, evaluation in result.evaluation.items():
+        print(f"step {step}\n{success_table(evaluation.summaries)}")
+    print("made " + "\nmade ".join(str(folder) for folder in result.milestones.values()))
+
+
+def _eval(cfg: DictConfig) -> None:
+    from vlaexp.workflow.evaluate import evaluate_verb
+
+    result = evaluate_verb(cfg)
+    print(f"{success_table(result.summaries)}\nmade {result.folder}")
+
+
+def _compare(cfg: DictConfig) -> None:
+    from vlaexp.workflow.compare import compare_verb
+
+    path, comparison = compare_verb(cfg)
+    print(json.dumps(comparison["rows"], indent=1) if cfg.format == "json" else rows_table(comparison["rows"]))
+    print(f"made {path}", file=sys.stderr)
+
+
+def _report(cfg: DictConfig) -> None:
+    from vlaexp.workflow.compare import report_verb
+
+    print("made " + "\nmade ".join(str(path) for path in report_verb(cfg)))
+
+
+def _sweep(cfg: DictConfig) -> None:
+    from vlaexp.workflow.study import study
+
+    result = study(cfg)
+    print(rows_table(result.comparison["rows"]))
+    print("made " + "\nmade ".join(str(path) for path in result.files))
+    if result.failed:
+        listing = "; ".join(f"{name}: {text}" for name, text in result.failed.items())
+        raise UserError(f"{len(result.failed)} points failed ({listing}); run the same command again to retry them")
+
+
+def _pretrain(cfg: DictConfig) -> None:
+    from vlaexp.workflow.pretrain import pretrain
+
+    folder = pretrain(cfg)
+    print(f"{(folder / 'README.md').read_text()}\nmade {folder}; use it with model.weights={folder}")
+
+
+def _manifest(cfg: DictConfig) -> None:
+    from vlaexp import manifest
+
+    folder = Path(cfg.path)
+    record = manifest.read(folder)
+    if cfg.against is not None:
+        rows = manifest.diff(record, manifest.read(Path(cfg.against)))
+        if cfg.format == "json":
+            print(json.dumps(rows, indent=1))
+        for row in rows if cfg.format != "json" else []:
+            reason = f"   <- {row['moves_success']}" if row["moves_success"] else ""
+            print(f"{row['key']}: {_short(row['left'])} | {_short(row['right'])}{reason}")
+        return
+    problems = manifest.verify(folder)
+    print(json.dumps(record, indent=1) if cfg.format == "json" else "\n".join(_manifest_lines(record)))
+    if problems:
+        raise UserError(f"{folder} does not match its manifest: {'; '.join(problems)}")
+    print(f"{len(record['files'])} files match the manifest {record['sha256'][:12]}", file=sys.stderr)
+
+
+def _manifest_lines(record: Mapping[str, Any]) -> list[str]:
+    from vlaexp import manifest
+
+    return [f"{key}: {_short(value)}" for key, value in manifest.flatten(record)]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def rows_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per policy and split."""
+    from vlaexp.report.compare import label
+
+    head = f"{'split':<24}{'policy':<40}{'success':>10}{'rate':>8}  95% interval"
+    lines = (
+        f"{row['split']:<24}{label(row):<40}{row['successes']:>5}/{row['episodes']:<4}"
+        f"{100 * row['success_rate']:>7.1f}%  [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
+        for row in rows
+    )
+    return "\n".join([head, *lines])
+
+
+def success_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line per split: successes, rate, 95% interval, smoothness, latency."""
+    lines = [f"{'split':<24}{'success':>12}{'rate':>8}  {'95% interval':<16}{'jerk':>10}{'seam mm':>9}{'ms':>7}"]
+    for name, s in summaries.items():
+        lines.append(
+            f"{name:<24}{s['successes']:>6}/{s['episodes']:<5}{100 * s['success_rate']:>7.1f}%  "
+            f"[{100 * s['ci_low']:5.1f}, {100 * s['ci_high']:5.1f}] {s['mean_squared_jerk']:>10.1f}"
+            f"{s['seam_jump_mm']:>9.2f}{s['latency_ms_median']:>7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def held_out_lines(held_out: Mapping[str, Any]) -> str:
+    """Held-out action error beside its baselines."""
+    baselines = ", ".join(
+        f"{name} {held_out[f'{name}_mse']:.3e} ({'beaten' if beaten else 'NOT beaten'})"
+        for name, beaten in held_out["beats"].items()
+    )
+    return f"held-out action MSE over {held_out['steps']} steps: {held_out['policy_mse']:.3e}; baselines: {baselines}"
