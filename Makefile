@@ -39,8 +39,8 @@ evidence-all: setup ## every criterion, the long ones too
 	$(BIN)/python benchmarks/evidence.py --all
 
 lock: ## pin the newest versions that fit
-	uv pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
-		--extra dev --constraint constraints.txt --output-file requirements.lock pyproject.toml
+	PATH=$(CURDIR)/.uv/bin:$$PATH uv pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
+		--extra dev --output-file requirements.lock pyproject.toml
 
 clean: ## remove outputs and caches, keep .venv
 	rm -rf outputs dist .pytest_cache .ruff_cache .import_linter_cache

@@ -50,7 +50,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"vlaexp: unknown verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
         return 2
+    if {"-h", "--help"} & set(rest):
+        print(verb_help(verb))
+        return 0
     return _run(verb, rest)
+
+
+def verb_help(verb: str) -> str:
+    """Groups with their choices and the keys of a verb, read from the YAML files without Hydra."""
+    from vlaexp.paths import config_dir
+
+    conf = config_dir()
+    header, _, rest = (conf / f"{verb}.yaml").read_text().partition("\ndefaults:\n")
+    defaults, _, keys = rest.partition("  - _self_\n")
+    groups = []
+    for group, default in re.findall(r"^  - (\w+): (\w+)$", defaults, flags=re.MULTILINE):
+        choices = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+        groups.append(f"  {group:<14}" + "  ".join(f"[{name}]" if name == default else name for name in choices))
+    return "\n".join(
+        [
+            f"vlaexp {verb}: {VERBS[verb]}",
+            f"for example: {header.lstrip('# ')}",
+            *(["", "groups, as group=choice; [the default]", *groups] if groups else []),
+            *(["", "keys of its own, as key=value", keys.strip("\n")] if keys.strip() else []),
+            "",
+            f"vlaexp {verb} --cfg job shows every key with its value; the files are in {conf}",
+        ]
+    )
 
 
 def _run(verb: str, overrides: list[str]) -> int:
@@ -81,7 +107,7 @@ def _run(verb: str, overrides: list[str]) -> int:
 def _hydra_app(verb: str, overrides: list[str], function: Callable[["DictConfig"], None]) -> None:
     import hydra
 
-    from vlaexp.config import config_dir
+    from vlaexp.paths import config_dir
 
     whole = sys.argv
 

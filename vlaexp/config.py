@@ -15,7 +15,8 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-PACKAGE = Path(__file__).parent
+from vlaexp.paths import config_dir
+
 ID_LENGTH = 10
 
 # What does not change the science, by dotted key. A schedule that depends on the total number of steps holds it under
@@ -47,12 +48,6 @@ NOT_IDENTITY = (
     "trainer.checkpoint_interval",
     "trainer.progress",
 )
-
-
-def config_dir() -> Path:
-    """The folder of YAML groups: inside an installed wheel, or at the root of a checkout."""
-    inside = PACKAGE / "conf"
-    return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
 def compose(verb: str, overrides: Sequence[str] = (), extra_dir: str | None = None) -> DictConfig:

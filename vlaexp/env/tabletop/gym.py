@@ -18,11 +18,11 @@ import yaml
 from gymnasium.error import CustomSpaceError
 from gymnasium.vector.utils import create_shared_memory
 
-from vlaexp.config import config_dir
 from vlaexp.env.base import EnvObservation
 from vlaexp.env.tabletop.env import FPS, STATE_NAMES, TabletopEnv
 from vlaexp.env.tabletop.scene import FAMILIES, CameraPose, ObjectPool
 from vlaexp.errors import UserError, nearest
+from vlaexp.paths import config_dir
 
 IDS: dict[str, tuple[str, ...]] = {
     "vlaexp/Tabletop-v0": FAMILIES,
