@@ -70,7 +70,7 @@ def verb_help(verb: str) -> str:
     return "\n".join(
         [
             f"vlaexp {verb}: {VERBS[verb]}",
-            f"for example: {header.lstrip('# ')}",
+            header.replace("# ", "  "),
             *(["", "groups, as group=choice; [the default]", *groups] if groups else []),
             *(["", "keys of its own, as key=value", keys.strip("\n")] if keys.strip() else []),
             "",
