@@ -143,6 +143,7 @@ def write_papers(folder: Path, trunk: Path, table: Mapping[str, Mapping[str, Any
     paper["dataset"] = {key: record_["dataset"][key] for key in ("name", "content", "fps")} | {
         "environment": record_["dataset"]["recorded"]["environment"]
     }
+    (folder / manifest.MANIFEST_FILE).unlink(missing_ok=True)  # of an earlier call, or it would be among the files
     manifest.write(
         folder,
         {
