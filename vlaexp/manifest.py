@@ -117,6 +117,8 @@ def read(folder: Path) -> dict[str, Any]:
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); copy the policy folder again or train again") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path} is damaged (it holds no mapping); copy the policy folder again or train again")
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     if content_hash(body) != manifest.get("sha256"):
         raise UserError(f"{path} was changed after it was written (its hash differs); use the original")

@@ -39,8 +39,7 @@ class Statistics:
     @classmethod
     def of(cls, values: np.ndarray, mode: Mode, valid: np.ndarray | None = None) -> "Statistics":
         """Statistics over the first axis of `values`; rows where `valid` (same leading axes) is False don't count."""
-        if mode not in get_args(Mode):
-            raise UserError(f"unknown normalization mode {mode!r}; expected one of {list(get_args(Mode))}")
+        _check_mode(mode)
         data = np.asarray(values, dtype=np.float64)
         if valid is not None:
             data = np.where(valid[..., None], data, np.nan)
@@ -80,7 +79,13 @@ class Statistics:
         missing = [key for key in ("mode", *STATISTICS) if key not in data]
         if missing:
             raise UserError(f"norm stats of {name!r} lack {missing}; train again or copy the complete norm_stats.json")
+        _check_mode(data["mode"])
         return cls(data["mode"], *(np.asarray(data[key], dtype=np.float64) for key in STATISTICS))
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(Mode):
+        raise UserError(f"unknown normalization mode {mode!r}; expected one of {list(get_args(Mode))}")
 
 
 class Affine(nn.Module):
