@@ -116,6 +116,12 @@ class Head(L.LightningModule, ABC):
     # ---- steps, written once -----------------------------------------------------------------------------------
 
     def prefix(self, observation: Observation) -> Prefix:
+        given, expected = observation.state.shape[-1], self.state_norm.centre.shape[-1]
+        if given != expected:
+            raise UserError(
+                f"the observation's state has {given} dimensions, this policy was trained on {expected}; "
+                "give it the state column of its training data (dataset.keys), or train on this robot's"
+            )
         return self.model.prefill(replace(observation, state=self.state_norm.normalize(observation.state)))
 
     def predict_action(self, observation: Observation, noise: Float[Tensor, "B H A"] | None = None) -> ActionChunk:

@@ -67,7 +67,8 @@ class Fit:
             raise UserError(
                 f"trainer.milestones {late} lie outside 1..max_steps={self.max_steps}; raise max_steps or drop them"
             )
-        for name in ("max_steps", "batch_size", "val_interval", "checkpoint_interval", "log_interval"):
+        at_least_one = ("max_steps", "batch_size", "val_interval", "max_val_samples", "checkpoint_interval")
+        for name in (*at_least_one, "log_interval", "accumulate_grad_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}; expected at least 1")
 

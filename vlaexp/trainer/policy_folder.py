@@ -20,7 +20,7 @@ from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
 from vlaexp.lora import Freeze, freeze_parts, load_adapter
-from vlaexp.manifest import hash_folder, read, write
+from vlaexp.manifest import hash_folder, read, verify, write
 from vlaexp.model.weights import copy_strictly, read_safetensors
 from vlaexp.trainer.build import build_head, build_model
 
@@ -57,6 +57,11 @@ def load_policy(folder: Path | str) -> Head:
     missing = [name for name in FILES if not (folder / name).exists()]
     if missing:
         raise UserError(f"policy folder {folder} lacks {missing}; copy the whole folder or train again")
+    if problems := verify(folder):
+        raise UserError(
+            f"policy folder {folder} does not match its manifest: {'; '.join(problems)}; copy the whole folder again "
+            "or train again"
+        )
     config = yaml.safe_load((folder / "config.yaml").read_text())
     spec = ActionSpec.load(folder / "action_spec.json")
     norm_stats = NormStats.load(folder / "norm_stats.json")

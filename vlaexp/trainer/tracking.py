@@ -301,7 +301,8 @@ class RunLog:
                 self._warned = True
                 print(
                     f"the tracker cannot be reached ({type(error).__name__}: {str(error)[:300]}); training goes on, "
-                    f"metrics are kept in {self._journal}",
+                    f"metrics are kept in {self._journal} and sent when it answers; if it never does, start it (or "
+                    "correct tracker=) and run the same command again",
                     file=sys.stderr,
                 )
 
