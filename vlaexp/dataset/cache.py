@@ -91,9 +91,9 @@ def cached_frames(
 def _open(path: Path, header: Path, num_frames: int) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r")
-        expected = json.loads(header.read_text())
-    except (OSError, ValueError) as error:
+        expected = [num_frames, *json.loads(header.read_text())["shape"]]
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cache {path} is damaged ({error}); delete it and run again") from error
-    if [len(array), *array.shape[1:]] != [num_frames, *expected["shape"]]:
+    if list(array.shape) != expected:
         raise UserError(f"cache {path} is stale: it has shape {array.shape}; delete it and run again")
     return array

@@ -299,7 +299,7 @@ class Recorder:
 
         target = self._staging / "dataset"
         shutil.rmtree(target, ignore_errors=True)
-        first = Episode.load(files[0])
+        first = _load_episode(files[0])
         image_size = next(iter(first.images.values())).shape[1]
         dataset = LeRobotDataset.create(
             repo_id=f"local/{self.root.name}",

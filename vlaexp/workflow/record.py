@@ -24,7 +24,7 @@ def record(cfg: DictConfig) -> dict[str, Any]:
         episodes=cfg.episodes,
         first_seed=cfg.first_seed,
         action_noise=cfg.action_noise,
-        defects=dict(cfg.defects),
+        defects=dict(cfg.defects or {}),
         use_videos=cfg.use_videos,
         workers=cfg.workers,
     ).run()
