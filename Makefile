@@ -30,13 +30,13 @@ check: setup ## format, lint, types, layers
 	$(BIN)/lint-imports
 
 bench: setup ## measure speeds side by side; results go to benchmarks/results
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python -m benchmarks.speed
 
 evidence: setup ## the quick criteria: does the project do what it says? (outputs/evidence.json)
-	$(BIN)/python benchmarks/evidence.py
+	$(BIN)/python -m benchmarks.evidence
 
 evidence-all: setup ## every criterion, the long ones too
-	$(BIN)/python benchmarks/evidence.py --all
+	$(BIN)/python -m benchmarks.evidence --all
 
 lock: ## pin the newest versions that fit
 	PATH=$(CURDIR)/.uv/bin:$$PATH uv pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url \

@@ -1,0 +1,71 @@
+"""`make evidence`: does the project do what it says? Runs the registered criteria and writes outputs/evidence.json.
+
+Quick criteria by default; `--all` adds those that take minutes each; names as arguments choose some. A criterion that
+fails, or raises, stays in the list as failed, and the exit status is 1.
+"""
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from importlib import import_module
+from typing import Any
+
+from benchmarks.criteria import REGISTRY, Entry
+from benchmarks.surroundings import ROOT, surroundings
+
+MODULES = ("benchmarks.evidence_world", "benchmarks.evidence_policies", "benchmarks.evidence_project")
+
+
+def main() -> int:
+    for module in MODULES:
+        import_module(module)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"of {[entry.name for entry in REGISTRY]}")
+    parser.add_argument("--all", action="store_true", help="the long ones too")
+    wanted = parser.parse_args()
+    if unknown := set(wanted.names) - {entry.name for entry in REGISTRY}:
+        parser.error(f"unknown {sorted(unknown)}; expected some of {[entry.name for entry in REGISTRY]}")
+    chosen = [e for e in REGISTRY if (e.name in wanted.names if wanted.names else wanted.all or not e.long)]
+    rows: list[dict[str, Any]] = []
+    path = ROOT / "outputs" / "evidence.json"
+    path.parent.mkdir(exist_ok=True)
+    for entry in chosen:
+        rows += run(entry)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    failed = [row["criterion"] for row in rows if not row["passed"]]
+    print(f"{len(rows) - len(failed)} of {len(rows)} criteria passed; failed: {failed or 'none'}\nmade {path}")
+    return 1 if failed else 0
+
+
+def run(entry: Entry) -> list[dict[str, Any]]:
+    """The rows of one measurement; one failed row if it raises."""
+    about = {"command": f"python -m benchmarks.evidence {entry.name}", **surroundings()}
+    began = time.monotonic()
+    rows = []
+    try:
+        for found in entry.measure():
+            rows.append(
+                {
+                    "criterion": found.criterion,
+                    "value": round(float(found.value), 4),
+                    "bound": found.bound,
+                    "n": found.n,
+                    "passed": found.passed,
+                    **about,
+                }
+            )
+            print(
+                f"{'ok  ' if found.passed else 'FAIL'} {found.criterion}: {found.value:.4g} ({found.bound})", flush=True
+            )
+    except Exception as error:
+        traceback.print_exc()
+        failure = {"criterion": entry.name, "value": None, "bound": "runs", "n": 0, "passed": False, **about}
+        rows.append(failure | {"error": f"{type(error).__name__}: {error}"})
+    print(f"     {entry.name}: {time.monotonic() - began:.0f} s", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
