@@ -61,10 +61,12 @@ def test_rotations_do_not_commute_and_are_composed_in_order() -> None:
     np.testing.assert_allclose(rotation[0, 1], wanted, atol=1e-9)
 
 
-def test_recorded_commands_and_chunk_start_agree_on_the_recorded_targets(make: Make, load_batch: LoadBatch) -> None:
-    for reference in ("chunk_start", "previous_command"):
+def test_recorded_labels_lead_to_the_recorded_targets(make: Make, load_batch: LoadBatch) -> None:
+    for reference, exact in (("chunk_start", 6), ("previous_command", 1)):
         parts = make("head=ee_delta", f"action_space.reference={reference}")
-        batch = load_batch(parts, [0, 25, 50])
+        batch = load_batch(parts, [0, 20, 50])
+        # Executed noise (DART) moves the command between clean labels: those against it add up for one step only.
+        batch = replace(batch, action_is_pad=batch.action_is_pad | (torch.arange(6) >= exact))
         errors = tool_errors(ActionChunk(batch.action, parts.demos.spec), batch)
         assert errors["tool_error_mm"] < 0.1, reference
         assert errors["tool_error_deg"] < 0.1, reference

@@ -1,0 +1,261 @@
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlaexp.config import compose, resolved
+from vlaexp.data_types import Observation
+from vlaexp.errors import UserError
+from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts, ledger, load_adapter, target_modules
+from vlaexp.model.base import PARTS
+from vlaexp.model.tiny import TinyVLA
+from vlaexp.workflow.train import Parts, build, train
+
+TINY = ["model.image_size=16", "model.width=32", "model.depth=1", "model.decoder_depth=1", "action_horizon=6"]
+BACKBONE = ["vision", "projector", "language"]
+
+
+def make_model(seed: int = 0) -> TinyVLA:
+    torch.manual_seed(seed)
+    return TinyVLA(["front"], state_dim=8, goal_dim=5, image_size=16, width=32, depth=1, decoder_depth=1).eval()
+
+
+def observation() -> Observation:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 1, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return Observation({"front": images}, torch.randn(2, 1, 8, generator=generator), ["pick up the cube", "open"])
+
+
+def hidden(model: TinyVLA) -> torch.Tensor:
+    suffix = torch.linspace(-1, 1, 2 * 3 * 32).view(2, 3, 32)
+    with torch.inference_mode():
+        return model(observation(), suffix, "bidirectional")[0]
+
+
+def stir(model: TinyVLA) -> None:
+    """Adapters that do something, as after a training."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=generator)
+
+
+def adapted(parts: Sequence[str], rank: int = 4, freeze: Sequence[str] = PARTS, **lora: object) -> TinyVLA:
+    model = make_model()
+    freeze_parts(model, Freeze(freeze))
+    add_adapter(model, Lora(rank, parts=parts, **lora), Freeze(freeze))  # type: ignore[arg-type]
+    return model
+
+
+@pytest.mark.parametrize("parts", [["projector", "language"], list(PARTS)])
+def test_lora_at_initialisation_equals_the_base(parts: list[str]) -> None:
+    assert torch.equal(hidden(adapted(parts).eval()), hidden(make_model()))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_equals_unmerged(rslora: bool) -> None:
+    model = make_model()
+    freeze_parts(model, Freeze(PARTS))
+    wrapped = add_adapter(model, Lora(4, parts=PARTS, rslora=rslora), Freeze(PARTS)).eval()
+    stir(model)
+    apart = hidden(model)
+    assert not torch.allclose(apart, hidden(make_model()), atol=1e-3)
+    wrapped.merge_adapter()
+    torch.testing.assert_close(hidden(model), apart, rtol=0, atol=1e-5)
+    wrapped.unmerge_adapter()
+    torch.testing.assert_close(hidden(model), apart, rtol=0, atol=1e-5)
+
+
+def test_scale_is_the_same_for_every_rank() -> None:
+    for rank in (4, 8, 16, 32, 64):
+        config = resolved(compose("train", [f"lora=r{rank}", "name=x"]).lora)
+        assert config["rank"] == rank
+        model = adapted(["language"], rank, alpha_per_rank=config["alpha_per_rank"])
+        scales = {module.scaling["default"] for module in model.modules() if hasattr(module, "scaling")}
+        assert scales == {2.0}
+        assert ledger(model, [], Lora(rank)).scale == 2.0
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    model = adapted(["language"], rank=16, rslora=True)
+    scales = {module.scaling["default"] for module in model.modules() if hasattr(module, "scaling")}
+    assert scales == {8.0}
+    assert ledger(model, [], Lora(16, rslora=True)).scale == 8.0
+
+
+@pytest.mark.parametrize("parts", [["vision"], ["projector"], ["language", "decoder"], list(PARTS)])
+def test_adapters_are_in_the_named_parts_alone(parts: list[str]) -> None:
+    model = adapted(parts)
+    found = {name.split(".")[0] for name, _ in model.named_parameters() if "lora_" in name}
+    assert found == set(parts)
+
+
+def test_all_linear_means_every_linear_and_convolution() -> None:
+    model = make_model()
+    wanted = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    assert sorted(target_modules(model, Lora(4, parts=PARTS))) == sorted(wanted)
+    adapters = {n.split(".lora_A")[0] for n, _ in adapted(PARTS).named_parameters() if ".lora_A" in n}
+    assert adapters == set(wanted)
+
+
+def test_modules_by_name() -> None:
+    names = target_modules(make_model(), Lora(4, parts=["language"], modules=["q_proj", "v_proj"]))
+    assert {name.rsplit(".", 1)[-1] for name in names} == {"q_proj", "v_proj"}
+    assert all(name.startswith("language.") for name in names)
+
+
+def test_layer_that_starts_anew_gets_no_adapter_and_is_trained() -> None:
+    model = make_model()
+    model.reinitialized = ("language.state.",)
+    freeze_parts(model, Freeze(BACKBONE))
+    assert not any(name.startswith("language.state.") for name in target_modules(model, Lora(4)))
+    add_adapter(model, Lora(4), Freeze(BACKBONE))
+    assert all(p.requires_grad for p in model.language.state.parameters())
+    assert not model.language.norm.weight.requires_grad
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    model = adapted(["language"], dropout=0.5)
+    stir(model)
+    assert torch.equal(hidden(model.eval()), hidden(model.eval()))
+
+
+# ---- freeze and lora: what trains ------------------------------------------------------------------------------------
+
+TABLE = [
+    # freeze, lora, parts whose own weights train, parts with adapters
+    ("none", [], {"vision", "projector", "language", "decoder"}, set()),
+    ("vision", [], {"projector", "language", "decoder"}, set()),
+    ("backbone", [], {"decoder"}, set()),
+    ("all", [], set(), set()),
+    ("backbone", ["lora=r4"], {"decoder"}, {"projector", "language"}),
+    ("backbone", ["lora=r4", "lora.parts=[vision,language]"], {"decoder"}, {"vision", "language"}),
+    ("all", ["lora=r4"], set(), {"projector", "language"}),
+    ("all", ["lora=r4", "lora.parts=[language,decoder]"], set(), {"language", "decoder"}),
+    ("vision", ["lora=r4", "lora.parts=[vision]"], {"projector", "language", "decoder"}, {"vision"}),
+]
+
+
+def built(small: list[str], *overrides: str) -> Parts:
+    return build(compose("train", [*small, *TINY, "lora=none", "name=table", *overrides]))
+
+
+@pytest.mark.parametrize(("freeze", "lora", "own", "adapters"), TABLE)
+def test_what_trains(small: list[str], freeze: str, lora: list[str], own: set[str], adapters: set[str]) -> None:
+    parts = built(small, f"freeze={freeze}", *lora)
+    for part in PARTS:
+        for name, parameter in parts.head.model.part(part).named_parameters():
+            wanted = part in adapters if "lora_" in name else part in own
+            assert parameter.requires_grad == wanted, f"{part}.{name}"
+    with_adapters = {part for part, n in parts.ledger.by_part.items() if n["adapter"] > 0}
+    assert with_adapters == adapters
+    head = parts.ledger.by_part["head"]
+    assert head["trainable"] == head["parameters"] > 0
+
+
+@pytest.mark.parametrize(
+    "pair", [["freeze=none", "lora=r4"], ["freeze=vision", "lora=r4"], ["freeze=backbone", "lora=r4", "lora.parts=[decoder]"]]
+)
+def test_adapters_on_trained_parts_are_refused(small: list[str], pair: list[str]) -> None:
+    with pytest.raises(UserError, match=r"lora\.parts \[.*\] are not frozen.*freeze=backbone.*or lora=none"):
+        built(small, *pair)
+
+
+@pytest.mark.parametrize("key", ["lora", "freeze"])
+def test_unknown_part_gives_the_nearest(small: list[str], key: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown part 'langage' in {key}\.parts; .*nearest: language"):
+        built(small, "freeze=backbone", "lora=r4", f"{key}.parts=[langage]")
+
+
+def test_module_that_is_nowhere_lists_those_that_are() -> None:
+    with pytest.raises(UserError, match=r"lora\.modules=.*qproj.* matches no layer in parts.*'q_proj'"):
+        target_modules(make_model(), Lora(4, modules=["qproj"]))
+
+
+def test_ledger_adds_up(small: list[str]) -> None:
+    parts = built(small, "freeze=backbone", "lora=r4")
+    book, head = parts.ledger, parts.head
+    assert book.total == sum(p.numel() for p in head.parameters())
+    assert book.trainable == sum(p.numel() for p in head.parameters() if p.requires_grad)
+    assert book.total == book.base + book.adapter + book.head
+    for key, whole in (("parameters", book.total), ("trainable", book.trainable), ("adapter", book.adapter)):
+        assert sum(n[key] for n in book.by_part.values()) == whole
+    assert book.adapter == sum(p.numel() for n, p in head.named_parameters() if "lora_" in n)
+    text = "\n".join(book.lines())
+    assert f"trainable {100 * book.trainable / book.total:.2f}%" in text
+    assert f"on {len(book.adapted_modules)} modules" in text
+    json.dumps(book.to_dict())
+
+
+def test_adapter_parameters_grow_with_the_rank() -> None:
+    four, eight = (ledger(adapted(["language"], rank), [], Lora(rank)).adapter for rank in (4, 8))
+    assert eight == 2 * four
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_saved_adapter_does_the_same_on_another_copy_of_the_base(tmp_path: Path) -> None:
+    model = make_model()
+    freeze_parts(model, Freeze(BACKBONE))
+    wrapped = add_adapter(model, Lora(4), Freeze(BACKBONE))
+    stir(model)
+    wrapped.save_pretrained(str(tmp_path))
+    other = make_model()
+    load_adapter(other, tmp_path)
+    assert torch.equal(hidden(other.eval()), hidden(model.eval()))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapter_folder_that_lacks_a_file_is_named(tmp_path: Path, name: str) -> None:
+    model = make_model()
+    freeze_parts(model, Freeze(BACKBONE))
+    add_adapter(model, Lora(4), Freeze(BACKBONE)).save_pretrained(str(tmp_path))
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=rf"lacks {name}; copy the whole policy folder"):
+        load_adapter(make_model(), tmp_path)
+
+
+def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = make_model()
+    freeze_parts(model, Freeze(BACKBONE))
+    add_adapter(model, Lora(4), Freeze(BACKBONE)).save_pretrained(str(tmp_path))
+    foreign = TinyVLA(["front"], state_dim=8, goal_dim=5, image_size=16, width=64, depth=1, decoder_depth=1)
+    with pytest.raises(UserError, match=r"(?s)does not fit TinyVLA .*copy the policy folder again or train again"):
+        load_adapter(foreign, tmp_path)
+
+
+ACT = """
+import sys, torch, vlaexp
+from vlaexp.data_types import Observation
+torch.set_num_threads(1)
+sample = torch.load(sys.argv[2])
+head = vlaexp.load_policy(sys.argv[1])
+chunk = head.predict_action(Observation({"front": sample["image"]}, sample["state"], ["pick up the red cube"] * 2))
+torch.save(chunk.action.detach(), sys.argv[3])
+"""
+
+
+def test_policy_acts_the_same_in_a_new_process(small: list[str], tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    cfg = compose("train", [*small, *TINY, "lora=r4", "freeze=backbone", "name=process"])
+    parts = build(cfg)
+    folder = train(cfg).milestones[4]
+    width = parts.demos.state_dim
+    sample = {"image": torch.randint(0, 256, (2, 1, 3, 16, 16), dtype=torch.uint8), "state": torch.rand(2, 1, width)}
+    torch.save(sample, tmp_path / "sample.pt")
+    script = [sys.executable, "-c", ACT, str(folder), str(tmp_path / "sample.pt"), str(tmp_path / "action.pt")]
+    subprocess.run(script, check=True, timeout=120)
+
+    from vlaexp import load_policy
+
+    head = load_policy(folder)
+    assert any("lora_B" in name and bool(p.abs().sum() > 0) for name, p in head.named_parameters())
+    seen = Observation({"front": sample["image"]}, sample["state"], ["pick up the red cube"] * 2)
+    with torch.inference_mode():
+        here = head.predict_action(seen).action
+    torch.testing.assert_close(torch.load(tmp_path / "action.pt"), here, rtol=0, atol=1e-6)
