@@ -56,6 +56,12 @@ def test_ranks_are_disjoint_slices_of_what_one_process_would_see(world_size):
         assert [item for part in parts for item in part] == whole
 
 
+def test_no_rank_goes_without_on_few_samples():
+    ranks = [batches(1, size=10, batch_size=8, rank=rank, world_size=4)[0] for rank in range(4)]
+    assert [len(batch) for batch in ranks] == [2] * 4
+    assert len(set().union(*ranks)) == 8
+
+
 def test_a_batch_is_not_larger_than_the_data():
     assert sorted(batches(1, size=3, batch_size=8)[0]) == [0, 1, 2]
 

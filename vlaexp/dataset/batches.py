@@ -191,13 +191,14 @@ class StepSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         at = self._position()
-        stride = self.batch_size * at.world_size
+        batch_size = min(self.batch_size, max(1, self.size // at.world_size))  # no rank goes without
+        stride = batch_size * at.world_size
         per_epoch = max(1, self.size // stride)
         k, epoch, order = at.batch, -1, np.zeros(0, dtype=int)
         while True:
             if k // per_epoch != epoch:
                 epoch = k // per_epoch
                 order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-            begin = (k % per_epoch) * stride + at.rank * self.batch_size
-            yield order[begin : begin + self.batch_size].tolist()
+            begin = (k % per_epoch) * stride + at.rank * batch_size
+            yield order[begin : begin + batch_size].tolist()
             k += 1

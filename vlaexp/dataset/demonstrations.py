@@ -196,6 +196,12 @@ class Demonstrations:
     def statistics(self) -> NormStats:
         """Statistics of the training episodes: state, action per step of the chunk, and the hindsight goal."""
         train = ChunkDataset(self.columns, {}, self.split.train, self.action_horizon)
+        longest = int(max((self.columns.episode_end - self.columns.episode_start)[list(self.split.train)]))
+        if longest < self.action_horizon:
+            raise UserError(
+                f"action_horizon={self.action_horizon}, but the longest training episode of {self.root} has {longest} "
+                f"frames; set action_horizon={longest} or less"
+            )
         actions, valid, goals = [], [], []
         for begin in range(0, len(train), STATISTICS_CHUNK):
             batch = train.__getitems__(range(begin, min(begin + STATISTICS_CHUNK, len(train))))

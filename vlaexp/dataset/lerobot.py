@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vlaexp.errors import UserError, nearest
+from vlaexp.manifest import content_hash, hash_folder
 
 DATA_GLOB = "data/chunk-*/file-*.parquet"
 
@@ -218,7 +219,10 @@ def locate(root: str | None, repo_id: str | None, revision: str | None, convert:
     if root is not None:
         folder = Path(root)
         version = str(read_info(folder).get("codebase_version", "?"))
-        return _convert(folder, converted / f"{folder.name}_v30") if convert and version == "v2.1" else folder
+        if not convert or version != "v2.1":
+            return folder
+        digest = content_hash(hash_folder(folder, ["meta/*"]))[:8]  # holds every episode's statistics
+        return _convert(folder, converted / f"{folder.name}_v30_{digest}")
     if repo_id is None:
         raise UserError("no dataset is named; set dataset.root to a folder or dataset.repo_id to a hub id")
     with quiet_lerobot():

@@ -10,12 +10,13 @@ Action noise follows DART (Laskey et al. 2017, arXiv 1703.09327): noise is execu
 import json
 import os
 import shutil
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,15 @@ _worker_env: TabletopEnv | None = None
 def _start_worker(make_env: Callable[[], TabletopEnv]) -> None:
     global _worker_env
     _worker_env = make_env()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A killed recording leaves no workers that wait for it forever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _record_to_file(job: tuple[int, float, str | None, str]) -> bool:
