@@ -13,7 +13,8 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vlaexp.paths import config_dir
 
@@ -61,7 +62,22 @@ def compose(verb: str, overrides: Sequence[str] = (), extra_dir: str | None = No
     search = [] if extra_dir is None else [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return hydra_compose(verb, [*search, *overrides])
+        cfg = hydra_compose(verb, [*search, *overrides], return_hydra_config=True)
+    _fill_in_name(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def _fill_in_name(cfg: DictConfig) -> None:
+    """Resolve the name, which may consist of Hydra's choices, while Hydra's resolver can be shown those of `cfg`."""
+    hydra = HydraConfig.instance()
+    outer, hydra.cfg = hydra.cfg, cfg
+    try:
+        if "name" in cfg:
+            cfg.name = cfg.name
+    finally:
+        hydra.cfg = outer
 
 
 def resolved(cfg: Any) -> dict[str, Any]:

@@ -46,8 +46,7 @@ def expand(
                 "overrides, grid"
             )
         grid = _axes(arm, settings.get("grid") or {})
-        common = settings.get("overrides") or []
-        assert isinstance(common, Sequence)
+        common = _values(arm, "overrides", settings.get("overrides") or [])
         for values in product(*grid.values()):
             cell = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
             name = "-".join([arm, *(str(value) for value in values)])
@@ -60,8 +59,15 @@ def expand(
 
 
 def _axes(arm: str, grid: object) -> dict[str, list[object]]:
-    assert isinstance(grid, Mapping)
-    empty = [key for key, values in grid.items() if not values]
-    if empty:
+    if not isinstance(grid, Mapping):
+        raise UserError(f"arm {arm!r} has grid {grid!r}; expected axes by key, as {{head: [joint, flow]}}")
+    axes = {str(key): _values(arm, f"grid axis {key}", values or []) for key, values in grid.items()}
+    if empty := [key for key, values in axes.items() if not values]:
         raise UserError(f"arm {arm!r} has grid axes without values: {empty}; give each at least one")
-    return {str(key): list(values) for key, values in grid.items()}
+    return axes
+
+
+def _values(arm: str, what: str, values: object) -> list[object]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise UserError(f"arm {arm!r} has {what} {values!r}; expected a list, as [{values}]")
+    return list(values)

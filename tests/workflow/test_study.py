@@ -1,0 +1,111 @@
+"""A study in small: from one file of arms to a comparison, a report and a tree of tracked runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlaexp import cli
+from vlaexp.config import compose
+from vlaexp.errors import UserError
+from vlaexp.trainer.tracking import mlflow_client
+from vlaexp.workflow.study import study
+
+pytestmark = pytest.mark.slow
+MINI = """\
+# @package _global_
+# vlaexp sweep experiment=mini
+name: mini
+title: Two heads
+question: which of two?
+command: vlaexp sweep experiment=mini
+record: [[dataset=tabletop_pick, episodes=8]]
+arms:
+  lora:
+    overrides:
+      - dataset=tabletop_pick
+      - model.weights=null
+      - lora=r4
+      - trainer=cpu
+      - trainer.max_steps=2
+      - trainer.batch_size=8
+    grid: {head: [joint, ee_delta]}
+  baseline:
+    verb: eval
+    overrides: [dataset=tabletop_pick, env=tabletop_pick, action_space=joint]
+    grid: {policy: [constant]}
+everywhere: [eval=nominal, eval.episodes=2, eval.num_envs=2, eval.workers=0, eval.videos=0]
+axes: [action_space]
+"""
+
+
+@pytest.fixture(scope="module")
+def conf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conf")
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "mini.yaml").write_text(MINI)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outputs(shared_outputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "datasets").mkdir()
+    (folder / "datasets" / "tabletop_pick").symlink_to(shared_outputs / "datasets" / "tabletop_pick")
+    return folder
+
+
+def files(outputs: Path) -> dict[Path, int]:
+    found = [*outputs.glob("runs/*/milestones/*/*.safetensors"), *outputs.rglob("summary.json")]
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+@pytest.fixture(scope="module")
+def done(conf, outputs):
+    """The study by the command line; its exit status."""
+    return cli.main(["sweep", f"--config-dir={conf}", "experiment=mini", f"outputs={outputs}"])
+
+
+def test_one_command_leaves_everything(done, outputs):
+    assert done == 0
+    comparison = json.loads((outputs / "mini" / "comparison.json").read_text())
+    assert sorted(row["head"] for row in comparison["rows"]) == ["ee_delta", "joint", "mean_action"]
+    assert {row["episodes"] for row in comparison["rows"]} == {2}
+    assert len(comparison["pairs"]) == 3
+    page = (outputs / "mini" / "report.html").read_text()
+    assert "which of two?" in page
+    assert "vlaexp sweep experiment=mini" in page
+
+
+def test_runs_are_named_by_what_was_chosen(done, outputs):
+    names = sorted(path.name.rpartition("-")[0] for path in (outputs / "runs").iterdir())
+    assert names == ["tiny_ee_delta_r4_tabletop_pick", "tiny_joint_r4_tabletop_pick"]
+
+
+def test_points_are_children_of_the_study(done, outputs):
+    client = mlflow_client(f"sqlite:///{outputs}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("vlaexp").experiment_id])
+    (parent,) = [run for run in runs if run.data.tags.get("vlaexp.role") == "study"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 3
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {"comparison.json", "report.html"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+
+def test_again_repeats_nothing_and_retries_what_failed(done, outputs, conf, capfd):
+    before = files(outputs)
+    cfg = compose("sweep", ["experiment=mini", f"outputs={outputs}"], extra_dir=str(conf))
+    cfg.processes = 1
+    cfg.arms.baseline.grid.policy = ["constant", "replay"]
+    cfg.arms.baseline.overrides = [*cfg.arms.baseline.overrides[:-1], "action_space=ee_delta"]  # replay refuses it
+    result = study(cfg)
+    assert set(result.failed) == {"baseline-replay"}
+    assert "policy=replay cannot play actions against 'chunk_start'" in result.failed["baseline-replay"]
+    assert {path: stamp for path, stamp in files(outputs).items() if path in before} == before
+    assert len(result.comparison["rows"]) == 3
+    assert "dataset" in capfd.readouterr().err
+
+
+def test_refusals(outputs):
+    with pytest.raises(UserError, match="this study has no arms; choose one with experiment="):
+        study(compose("sweep", [f"outputs={outputs}"]))
