@@ -158,7 +158,8 @@ def test_what_trains(small: list[str], freeze: str, lora: list[str], own: set[st
 
 
 @pytest.mark.parametrize(
-    "pair", [["freeze=none", "lora=r4"], ["freeze=vision", "lora=r4"], ["freeze=backbone", "lora=r4", "lora.parts=[decoder]"]]
+    "pair",
+    [["freeze=none", "lora=r4"], ["freeze=vision", "lora=r4"], ["freeze=backbone", "lora=r4", "lora.parts=[decoder]"]],
 )
 def test_adapters_on_trained_parts_are_refused(small: list[str], pair: list[str]) -> None:
     with pytest.raises(UserError, match=r"lora\.parts \[.*\] are not frozen.*freeze=backbone.*or lora=none"):

@@ -46,9 +46,7 @@ def make(shared_outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Make
 
     def of(*overrides: str) -> Parts:
         if overrides not in built:
-            built[overrides] = build(
-                compose("train", [*SMALL, *TINY, *STILL, *FULL, f"outputs={outputs}", *overrides])
-            )
+            built[overrides] = build(compose("train", [*SMALL, *TINY, *STILL, *FULL, f"outputs={outputs}", *overrides]))
         parts = built[overrides]
         return replace(parts, head=copy.deepcopy(parts.head))
 

@@ -104,9 +104,7 @@ def test_looking_again_draws_new_noise(make: Make, batch: Batch) -> None:
 
 
 def test_number_of_steps_changes_the_sample(make: Make, batch: Batch, noise: torch.Tensor) -> None:
-    one, four = (
-        flow_head(make, f"head.num_steps={n}").predict_action(batch.observation, noise).action for n in (1, 4)
-    )
+    one, four = (flow_head(make, f"head.num_steps={n}").predict_action(batch.observation, noise).action for n in (1, 4))
     assert not torch.allclose(one, four)
 
 

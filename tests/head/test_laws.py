@@ -212,7 +212,9 @@ def test_goal_loss_is_added_with_its_weight(make: Make, load_batch: LoadBatch) -
 
 
 def test_adapter_learning_rate_is_a_multiple_of_the_heads(make: Make) -> None:
-    head = make("head=joint", "lora=r4", "freeze=backbone", "head.adapter_lr_ratio=5.0", "schedule.num_warmup_steps=0").head
+    head = make(
+        "head=joint", "lora=r4", "freeze=backbone", "head.adapter_lr_ratio=5.0", "schedule.num_warmup_steps=0"
+    ).head
     others, adapters = head.configure_optimizers()["optimizer"].param_groups
     assert adapters["lr"] == pytest.approx(5 * others["lr"])
     names = {id(parameter): name for name, parameter in head.named_parameters()}
@@ -223,7 +225,10 @@ def test_adapter_learning_rate_is_a_multiple_of_the_heads(make: Make) -> None:
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["head=joint", "action_space=ee_delta"], r"head=joint predicts action space joint, not 'ee_delta'.*action_space=joint"),
+        (
+            ["head=joint", "action_space=ee_delta"],
+            r"head=joint predicts action space joint, not 'ee_delta'.*action_space=joint",
+        ),
         (["head=regression", "action_space=joint"], r"head=regression predicts action space native, not 'joint'"),
         (["n_action_steps=7"], r"n_action_steps=7; expected 1 to action_horizon=6"),
         (["n_action_steps=0"], r"n_action_steps=0; expected 1 to"),
@@ -232,7 +237,10 @@ def test_adapter_learning_rate_is_a_multiple_of_the_heads(make: Make) -> None:
         (["head=discrete_token", "head.bins=1"], r"head\.bins=1; expected at least 2"),
         (["head=discrete_token", "head.label_sigma=-1.0"], r"head\.label_sigma=-1.0.*expected 0"),
         (["head.init=best"], r"head\.init='best'; expected one of"),
-        (["head.init=pretrained"], r"ships no decoder for head=ee_delta in action space 'ee_delta'.*head\.init=scratch"),
+        (
+            ["head.init=pretrained"],
+            r"ships no decoder for head=ee_delta in action space 'ee_delta'.*head\.init=scratch",
+        ),
     ],
 )
 def test_wrong_arguments_say_what_is_wanted(make: Make, overrides: list[str], text: str) -> None:

@@ -30,9 +30,7 @@ def test_forward_equals_prefill_plus_extend(model: TinyVLA, observation: Observa
 
 
 @pytest.mark.parametrize("cuts", [[1, 2, 3, 4, 5], [2, 5], [4]])
-def test_causal_suffix_in_pieces_equals_all_at_once(
-    model: TinyVLA, observation: Observation, cuts: list[int]
-) -> None:
+def test_causal_suffix_in_pieces_equals_all_at_once(model: TinyVLA, observation: Observation, cuts: list[int]) -> None:
     whole, _ = model(observation, suffix(6), "causal")
     prefix, pieces = model.prefill(observation), []
     for piece in torch.tensor_split(suffix(6), cuts, dim=1):

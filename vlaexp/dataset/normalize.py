@@ -72,7 +72,7 @@ class Statistics:
         return centre, scale
 
     def to_dict(self) -> dict[str, Any]:
-        return {"mode": self.mode} | {name: np.round(getattr(self, name), 9).tolist() for name in STATISTICS}
+        return {"mode": self.mode} | {name: getattr(self, name).tolist() for name in STATISTICS}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str) -> "Statistics":
@@ -127,8 +127,12 @@ class NormStats:
         }
 
     def content_hash(self) -> str:
-        """Identity of the numbers, whatever their source is called."""
-        return hashlib.sha256(json.dumps(self.to_dict()["quantities"], sort_keys=True).encode()).hexdigest()
+        """Identity of the numbers to nine decimals, whatever their source is called."""
+        rounded = {
+            name: {"mode": stats.mode} | {key: np.round(getattr(stats, key), 9).tolist() for key in STATISTICS}
+            for name, stats in self.quantities.items()
+        }
+        return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict()) + "\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from vlaexp.action_spec import ActionSpec
@@ -29,8 +30,13 @@ def build_model(config: Mapping[str, Any], state_dim: int | None, has_goal: bool
         has_goal: whether the data have the hindsight goal (`vlaexp.dataset.targets`).
     """
     sizes = {"state_dim": state_dim, "goal_dim": goal_dim(config["action_horizon"]) if has_goal else 0}
-    with seeded(config):
-        return instantiate(config["model"], **sizes, _convert_="all")
+    try:
+        with seeded(config):
+            return instantiate(config["model"], **sizes, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None  # what the user is meant to read, without Hydra around it
+        raise
 
 
 @contextmanager

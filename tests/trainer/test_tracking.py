@@ -1,0 +1,188 @@
+import csv
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlaexp.config import compose
+from vlaexp.trainer.tracking import CsvTracker, MlflowTracker, Row, RunLog, Tracker, WandbTracker, read_journal
+from vlaexp.workflow.train import train
+
+
+class FlakyTracker(Tracker):
+    """Keeps rows in memory; `up` says whether it can be reached."""
+
+    def __init__(self, up: bool = True) -> None:
+        self.up, self.rows, self.ended = up, list[Row](), ""
+
+    def start(self, run_name: str, params: Mapping[str, Any], tags: Mapping[str, str], state: dict[str, Any]) -> None:
+        self.send([])
+
+    def send(self, rows: list[Row]) -> None:
+        if not self.up:
+            raise ConnectionError("nobody there")
+        self.rows += rows
+
+    def finish(self, status: str) -> None:
+        self.send([])
+        self.ended = status
+
+    def describe(self) -> str:
+        return "in memory"
+
+
+def log_of(folder: Path, tracker: Tracker, resume_step: int | None = None) -> RunLog:
+    return RunLog(folder, tracker, "run", {"seed": 0}, {}, resume_step)
+
+
+def pairs(rows: list[Row]) -> list[tuple[int, str]]:
+    return [(step, key) for step, values in rows for key in values]
+
+
+def test_journal_and_tracker_hold_the_same(tmp_path: Path) -> None:
+    tracker = FlakyTracker()
+    log = log_of(tmp_path, tracker)
+    log.log({"train/loss": 2.0}, 1)
+    log.log({"train/loss": 1.0, "val/loss": 3.0}, 2)
+    log.finish("finished")
+    assert (
+        tracker.rows == read_journal(tmp_path) == [(1, {"train/loss": 2.0}), (2, {"train/loss": 1.0, "val/loss": 3.0})]
+    )
+    assert tracker.ended == "finished"
+    assert log.describe() == "in memory"
+
+
+def test_metric_of_a_step_is_kept_once(tmp_path: Path) -> None:
+    log = log_of(tmp_path, FlakyTracker())
+    log.log({"train/loss": 2.0}, 1)
+    log.log({"train/loss": 5.0, "val/loss": 1.0}, 1)
+    assert read_journal(tmp_path) == [(1, {"train/loss": 2.0}), (1, {"val/loss": 1.0})]
+
+
+def test_resume_cuts_what_is_trained_again(tmp_path: Path) -> None:
+    log = log_of(tmp_path, FlakyTracker())
+    for step in range(1, 6):
+        log.log({"train/loss": float(step)}, step)
+    log_of(tmp_path, FlakyTracker(), resume_step=3)
+    assert [step for step, _ in read_journal(tmp_path)] == [1, 2, 3]
+
+
+def test_line_cut_by_a_kill_is_dropped(tmp_path: Path) -> None:
+    log_of(tmp_path, FlakyTracker()).log({"train/loss": 1.0}, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/lo')
+    assert read_journal(tmp_path) == [(1, {"train/loss": 1.0})]
+
+
+def test_tracker_that_is_away_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = FlakyTracker(up=False)
+    log = log_of(tmp_path, tracker)
+    log.log({"train/loss": 2.0}, 1)
+    log.log({"train/loss": 1.0}, 2)
+    assert tracker.rows == []
+    text = capsys.readouterr().err
+    assert text.count("the tracker cannot be reached (ConnectionError: nobody there); training goes on") == 1
+    assert f"metrics are kept in {tmp_path / 'metrics.jsonl'}" in text
+    assert "run the same command again" in text
+    assert "could not be reached" in log.describe()
+    tracker.up = True
+    log.finish("finished")
+    assert tracker.rows == read_journal(tmp_path)
+    assert len(tracker.rows) == 2
+
+
+def test_tracker_that_is_away_is_not_asked_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker, now, asked = FlakyTracker(up=False), [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(FlakyTracker, "start", lambda self, *a: asked.append(now[0]) or self.send([]))
+    log = log_of(tmp_path, tracker)
+    for step in range(130):
+        now[0] = float(step)
+        log.log({"train/loss": 0.0}, step)
+    assert asked == [0, 60, 120]
+
+
+def read_csv(path: Path) -> list[tuple[int, str]]:
+    with path.open(newline="") as file:
+        return [(int(row["step"]), row["metric"]) for row in csv.DictReader(file)]
+
+
+def test_csv_of_a_resumed_run_has_each_step_once(tiny: list[str], outputs: Path) -> None:
+    train(compose("train", [*tiny, "trainer.max_steps=2"]))
+    result = train(compose("train", [*tiny, "trainer.max_steps=4"]))
+    logged = read_csv(outputs / "csv" / f"{result.run.name}.csv")
+    assert len(logged) == len(set(logged))
+    assert set(logged) == set(pairs(read_journal(result.run)))
+    assert {step for step, key in logged if key == "train/loss"} == {1, 2, 3, 4}
+
+
+def test_csv_of_steps_trained_twice_has_each_step_once(tmp_path: Path) -> None:
+    """A killed run logged beyond its checkpoint."""
+    log = log_of(tmp_path, CsvTracker(str(tmp_path / "csv")))
+    for step in (1, 2, 3):
+        log.log({"train/loss": float(step)}, step)
+    again = log_of(tmp_path, CsvTracker(str(tmp_path / "csv")), resume_step=1)
+    for step in (2, 3, 4):
+        again.log({"train/loss": float(step)}, step)
+    again.finish("finished")
+    assert read_csv(tmp_path / "csv" / "run.csv") == [(step, "train/loss") for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.slow
+def test_mlflow_run_is_continued_after_resume(tiny: list[str], outputs: Path) -> None:
+    from mlflow import MlflowClient
+
+    choice = [*[item for item in tiny if not item.startswith("tracker=")], "tracker=mlflow"]
+    train(compose("train", [*choice, "trainer.max_steps=2"]))
+    result = train(compose("train", [*choice, "trainer.max_steps=4"]))
+    client = MlflowClient(f"sqlite:///{outputs}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "vlaexp"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == result.run.name
+    assert run.data.params["lora.rank"] == "16"
+    assert run.data.tags["vlaexp.run_folder"] == str(result.run.resolve())
+    journal = pairs(read_journal(result.run))
+    assert {key for _, key in journal} == set(run.data.metrics)
+    for key in run.data.metrics:
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
+        assert sorted(steps) == sorted(step for step, name in journal if name == key), key
+
+
+@pytest.mark.slow
+def test_mlflow_server_that_is_gone_does_not_stop_a_training(
+    tiny: list[str], outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice = [*[item for item in tiny if not item.startswith("tracker=")], "tracker=mlflow"]
+    result = train(compose("train", [*choice, "tracker.uri=http://127.0.0.1:9", "tracker.timeout_s=1"]))
+    assert result.milestones[4].is_dir()
+    text = capsys.readouterr().err
+    assert text.count("the tracker cannot be reached") == 1
+    assert f"metrics are kept in {result.run / 'metrics.jsonl'}" in text
+    assert "run the same command again" in text
+    assert {step for step, key in pairs(read_journal(result.run)) if key == "train/loss"} == {1, 2, 3, 4}
+
+    later = train(compose("train", [*choice, f"tracker.uri=sqlite:///{outputs}/later.db"]))
+    client = MlflowTracker(f"sqlite:///{outputs}/later.db", "vlaexp")
+    client.start("again", {}, {}, json.loads((later.run / "tracker.json").read_text()))
+    assert client._last_step("train/loss") == 4
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    tracker = WandbTracker("vlaexp", "offline", str(tmp_path / "wandb"))
+    log = log_of(tmp_path, tracker)
+    log.log({"train/loss": 2.0}, 1)
+    log.log({"train/loss": 1.0}, 2)
+    log.finish("finished")
+    assert "could not be reached" not in log.describe()
+    state = json.loads((tmp_path / "tracker.json").read_text())
+    assert list((tmp_path / "wandb").rglob(f"*{state['wandb_run_id']}*.wandb"))
+    again = log_of(tmp_path, WandbTracker("vlaexp", "offline", str(tmp_path / "wandb")), resume_step=2)
+    again.log({"train/loss": 0.5}, 3)
+    again.finish("finished")
+    assert json.loads((tmp_path / "tracker.json").read_text()) == state
