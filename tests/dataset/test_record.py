@@ -206,6 +206,20 @@ def interrupted(tmp_path, record_into, monkeypatch):
     return tmp_path / "demo"
 
 
+def test_what_an_interrupted_recording_has_beyond_the_wish_does_not_change_the_choice(
+    recorded, tmp_path, record_into, monkeypatch
+):
+    root = tmp_path / "demo"
+    with monkeypatch.context() as patch:
+        patch.setattr("vlaexp.dataset.record.Recorder._write", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            record_into(root, "episodes=4")
+    staged = sorted((tmp_path / "demo.recording" / "episodes").glob("*.npz"))
+    staged[1].unlink()
+    record_into(root, "episodes=2")
+    assert DatasetCard.load(root).recorded["seeds"] == DatasetCard.load(recorded).recorded["seeds"][:2]
+
+
 @pytest.mark.parametrize(
     "change", ["first_seed=7", "action_noise=0.0", "defects={jerky: 0.1}", "env.image_size=48", "env=tabletop_push"]
 )

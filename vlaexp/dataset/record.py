@@ -268,25 +268,26 @@ class Recorder:
             draw -= share
         return None
 
+    def _missing(self, done: set[int], failed: set[int]) -> list[int]:
+        """Seeds to play so that the first `episodes` successes, counting up, are there; assumes that all succeed."""
+        missing, seed, found = [], self.first_seed, 0
+        while found < self.episodes:
+            found += seed not in failed
+            if seed not in failed and seed not in done:
+                missing.append(seed)
+            seed += 1
+        return missing
+
     def _simulate(self, staged: Path) -> int:
         """Fill `staged` up to the wanted number of episodes; returns how many seeds the expert failed on."""
         marker = self._staging / "failed_seeds.json"
         failed: set[int] = set(json.loads(marker.read_text())) if marker.exists() else set()
         done = {int(path.stem) for path in staged.glob("*.npz")}
 
-        def seeds() -> Iterator[int]:
-            seed = self.first_seed
-            while True:
-                if seed not in failed and seed not in done:
-                    yield seed
-                seed += 1
-
-        stream = seeds()
         bar = tqdm(total=self.episodes, initial=len(done), desc="simulate", unit="ep", smoothing=0.05)
         context = get_context("forkserver")
         with bar, ProcessPoolExecutor(self.workers, context, _start_worker, (self.make_env,)) as pool:
-            while len(done) < self.episodes:
-                wanted = [next(stream) for _ in range(self.episodes - len(done))]
+            while wanted := self._missing(done, failed):
                 jobs = ((seed, self.action_noise, self._defect(seed), str(staged)) for seed in wanted)
                 for seed, ok in zip(wanted, pool.map(_record_to_file, jobs, chunksize=4), strict=True):
                     (done if ok else failed).add(seed)
