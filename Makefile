@@ -4,7 +4,7 @@ SHELL := bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-slow check bench evidence evidence-all lock clean
+.PHONY: help setup demo test test-slow test-mujoco check bench evidence evidence-all lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,11 @@ test: setup ## the fast tests
 
 test-slow: setup ## the slow tests
 	$(PYTEST) -m "slow and not gpu"
+
+test-mujoco: setup ## the tests of the embedded world on MuJoCo 4
+	PATH=$(CURDIR)/.uv/bin:$$PATH uv pip install --no-config --quiet --python $(BIN)/python --no-deps \
+		--target outputs/mujoco4 mujoco==4.0.0 mujoco-core==4.0.0
+	PYTHONPATH=outputs/mujoco4 $(PYTEST) -m "not slow" tests/env
 
 check: setup ## format, lint, types, layers
 	$(BIN)/ruff format --check .

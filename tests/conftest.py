@@ -16,6 +16,12 @@ CHECKED = [f"vlaexp.{name}" for name in ("data_types", "dataset", "env.tabletop.
 _hook = install_import_hook(CHECKED, "beartype.beartype")
 
 
+@pytest.fixture(autouse=True)
+def no_config_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that passes `--config-dir` does not leave it to the next."""
+    monkeypatch.setenv("VLAEXP_CONFIG_DIR", "")
+
+
 @pytest.fixture(scope="session")
 def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Outputs folder of the session; holds the dataset `tabletop_pick` of 8 demonstrations."""

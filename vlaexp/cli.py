@@ -1,5 +1,6 @@
 """`vlaexp <verb> [overrides]`: the command line. Torch and Hydra are imported only when a verb really runs."""
 
+import argparse
 import os
 import re
 import sys
@@ -62,9 +63,9 @@ def verb_help(verb: str) -> str:
 
     conf = config_dir()
     header, _, rest = (conf / f"{verb}.yaml").read_text().partition("\ndefaults:\n")
-    defaults, _, keys = rest.partition("  - _self_\n")
+    defaults, _, keys = rest.partition("\n\n")
     groups = []
-    for group, default in re.findall(r"^  - (\w+): (\w+)$", defaults, flags=re.MULTILINE):
+    for group, default in re.findall(r"^  - (\w+): (\w+)", defaults, flags=re.MULTILINE):
         choices = sorted(path.stem for path in (conf / group).glob("*.yaml"))
         groups.append(f"  {group:<14}" + "  ".join(f"[{name}]" if name == default else name for name in choices))
     return "\n".join(
@@ -83,25 +84,32 @@ def _run(verb: str, overrides: list[str]) -> int:
     # Hydra would print its own short form and exit; with this it raises, and the text below is ours.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    composed = False
+    text, failures = "", []
 
     def work(cfg: "DictConfig") -> None:
-        nonlocal composed
-        composed = True
-        import_module("vlaexp.workflow.verbs").run(verb, cfg)
+        try:
+            if missing := sorted(OmegaConf.missing_keys(cfg)):
+                raise UserError(f"{', '.join(missing)} must be given, as {missing[0]}=VALUE; see vlaexp {verb} --help")
+            import_module("vlaexp.workflow.verbs").run(verb, cfg)
+        except Exception as error:  # kept from Hydra, which would announce it in its own words
+            failures.append(error)
 
     try:
         _hydra_app(verb, overrides, work)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException) as error:
+        text = explain(verb, overrides, error)
+    for failure in failures:
         # Hydra wraps what a constructor raises; the user's error is somewhere among the causes.
-        user_error = next((cause for cause in _causes(error) if isinstance(cause, UserError)), None)
-        if user_error is None and composed:
-            raise
-        print(f"vlaexp {verb}: {user_error or explain(verb, overrides, error)}", file=sys.stderr)
-        return 1
-    return 0
+        user_error = next((cause for cause in _causes(failure) if isinstance(cause, UserError)), None)
+        if user_error is None:
+            raise failure
+        text = str(user_error)
+    if text:
+        print(f"vlaexp {verb}: {text}", file=sys.stderr)
+    return int(bool(text))
 
 
 def _hydra_app(verb: str, overrides: list[str], function: Callable[["DictConfig"], None]) -> None:
@@ -129,9 +137,9 @@ def explain(verb: str, overrides: Sequence[str], error: Exception) -> str:
     key = _unknown_key(error, text)
     if key is None:
         return text
-    names, where = _siblings(verb, overrides, key)
-    last = key.rpartition(".")[2]
-    return f"there is no {'key' if where else 'key or group'} {key!r}{where}; {nearest(last, names)}"
+    parent, name, names = _mistyped(verb, overrides, key)
+    where = f"key {f'{parent}.{name}'!r} under {parent!r}" if parent else f"key or group {name!r}"
+    return f"there is no {where}; {nearest(name, names)}"
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -147,20 +155,21 @@ def _unknown_key(error: Exception, text: str) -> str | None:
     return found.group(1).split("@")[0].replace("/", ".") if found else None
 
 
-def _siblings(verb: str, overrides: Sequence[str], key: str) -> tuple[list[str], str]:
-    """The keys beside a mistyped one, from the configuration without it."""
+def _mistyped(verb: str, overrides: Sequence[str], key: str) -> tuple[str, str, list[str]]:
+    """The part of a key that exists, the name after it that does not, and the names that do, without that override."""
     from omegaconf import DictConfig
 
     from vlaexp.config import compose
 
     kept = [item for item in overrides if item.split("=")[0].lstrip("+~").replace("/", ".") != key]
     node: Any = compose(verb, [item for item in kept if not item.startswith("-")])
-    parent = key.rpartition(".")[0]
-    for name in parent.split(".") if parent else ():
-        node = node.get(name) if isinstance(node, DictConfig) else None
-    if not isinstance(node, DictConfig):
-        return [], f" under {parent!r}"
-    return [str(name) for name in node], f" under {parent!r}" if parent else ""
+    parents, name = [], key
+    for name in key.split("."):
+        if not isinstance(node, DictConfig) or name not in node:
+            break
+        node = node[name]
+        parents.append(name)
+    return ".".join(parents), name, [str(name) for name in node] if isinstance(node, DictConfig) else []
 
 
 def _complete(arguments: list[str]) -> int:

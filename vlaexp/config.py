@@ -6,6 +6,7 @@ evaluation, milestones and the number of steps are not part of it: asking twice 
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,6 @@ NOT_IDENTITY = (
     "trainer.log_interval",
     "trainer.val_interval",
     "trainer.checkpoint_interval",
-    "trainer.progress",
 )
 
 
@@ -57,9 +57,11 @@ def compose(verb: str, overrides: Sequence[str] = (), extra_dir: str | None = No
     Args:
         verb: name of a primary config (`train`, `eval`, ...).
         overrides: as on the command line.
-        extra_dir: a user's own config folder (`--config-dir`).
+        extra_dir: a user's own config folder; by default that of the command line (`--config-dir`), so that the
+            points of a study, in processes of their own, see it too.
     """
-    search = [] if extra_dir is None else [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"]
+    extra_dir = extra_dir or os.environ.get("VLAEXP_CONFIG_DIR")
+    search = [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"] if extra_dir else []
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = hydra_compose(verb, [*search, *overrides], return_hydra_config=True)
