@@ -133,7 +133,7 @@ IDENTITY = np.array([[0.4, 0.0, 0.2, 1, 0, 0, 0, 1, 0]])
 
 @pytest.mark.parametrize(("reference", "mm", "deg"), [("chunk_start", 3.0, 2.0), ("previous_command", 4.5, 3.0)])
 def test_tool_error_of_ee_delta(reference: str, mm: float, deg: float) -> None:
-    """3 mm and 2 degrees off at each of two steps; against the previous command the second step is off by twice that."""
+    """3 mm and 2 degrees off at each of two steps; against the previous command the second is off by twice that."""
     action = torch.zeros(1, 3, 7)
     action[:, :, 1] = 3e-3
     action[:, :, 5] = np.deg2rad(2)
@@ -145,7 +145,7 @@ def test_tool_error_of_ee_delta(reference: str, mm: float, deg: float) -> None:
 
 def test_tool_error_of_joints_goes_through_forward_kinematics() -> None:
     position, rotation = forward_kinematics(HOME)
-    target = np.concatenate([position + [0, 0, 5e-3], rotation[:, 0], rotation[:, 1]])[None, None]
+    target = np.concatenate([position + np.array([0, 0, 5e-3]), rotation[:, 0], rotation[:, 1]])[None, None]
     action = torch.tensor([*HOME, 1.0], dtype=torch.float32)[None, None].clone()
     action[..., 6] += np.deg2rad(10)  # the last joint turns the hand on the spot
     errors = tool_errors(

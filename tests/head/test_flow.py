@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections.abc import Callable
 
@@ -54,7 +55,7 @@ def test_sampler_is_of_first_order(make: Make, batch: Batch, noise: torch.Tensor
     for num_steps in (8, 16, 32):
         end = integrate(flow_head(make, f"head.num_steps={num_steps}"), batch, noise, lambda x, t: x * torch.cos(t))
         errors.append(float((end - noise * math.exp(math.sin(1))).abs().mean()))
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(1, abs=0.1)
 
 
