@@ -83,6 +83,10 @@ def verb_help(verb: str) -> str:
 def _run(verb: str, overrides: list[str]) -> int:
     # Hydra would print its own short form and exit; with this it raises, and the text below is ours.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config-dir", "-cd")
+    if folder := flags.parse_known_args(overrides)[0].config_dir:
+        os.environ["VLAEXP_CONFIG_DIR"] = folder  # for what composes further configurations (vlaexp/config.py)
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

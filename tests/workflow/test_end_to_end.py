@@ -89,11 +89,11 @@ def test_compare_an_mlflow_experiment(runs, shared_outputs, tmp_path):
 
 
 def test_what_shall_be_compared(shared_outputs, runs, tmp_path):
-    with pytest.raises(UserError, match="name either runs=.* or mlflow.experiment=NAME"):
+    with pytest.raises(UserError, match=r"name either runs=.* or mlflow.experiment=NAME"):
         compare_verb(compose("compare", []))
-    with pytest.raises(UserError, match="has no experiment 'vlaxp'; it has .*'vlaexp'"):
+    with pytest.raises(UserError, match=r"has no experiment 'vlaxp'; it has .*'vlaexp'"):
         compare_verb(compose("compare", [f"outputs={shared_outputs}", "mlflow.experiment=vlaxp"]))
-    with pytest.raises(UserError, match="nothing under .* was evaluated; run `vlaexp eval policy.path="):
+    with pytest.raises(UserError, match=r"nothing under .* was evaluated; run `vlaexp eval policy.path="):
         compare_verb(compose("compare", [f"runs=[{tmp_path}]"]))
 
 
@@ -126,7 +126,7 @@ def test_one_process_per_run_folder(small, outputs):
     )
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another process is training in .*; wait for it, or change"):
+        with pytest.raises(UserError, match=r"another process is training in .*; wait for it, or change"):
             train(compose("train", [*small, "name=mine", "trainer.max_steps=3"]))
     finally:
         other.communicate("\n")

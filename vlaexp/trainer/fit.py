@@ -62,15 +62,16 @@ class Fit:
     num_threads: int = 0
 
     def __post_init__(self) -> None:
+        at_least_one = ("max_steps", "batch_size", "val_interval", "max_val_samples", "checkpoint_interval")
+        for name in (*at_least_one, "log_interval", "accumulate_grad_batches"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"trainer.{name}={value}; expected at least 1, as a whole number")
         late = [step for step in self.milestones if not 0 < step <= self.max_steps]
         if late:
             raise UserError(
                 f"trainer.milestones {late} lie outside 1..max_steps={self.max_steps}; raise max_steps or drop them"
             )
-        at_least_one = ("max_steps", "batch_size", "val_interval", "max_val_samples", "checkpoint_interval")
-        for name in (*at_least_one, "log_interval", "accumulate_grad_batches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"trainer.{name}={getattr(self, name)}; expected at least 1")
 
 
 def fit(

@@ -44,7 +44,8 @@ def _train(cfg: DictConfig) -> None:
         print(held_out_lines(result.held_out))
     for step, evaluation in result.evaluation.items():
         print(f"step {step}\n{success_table(evaluation.summaries)}")
-    print("made " + "\nmade ".join(str(folder) for folder in result.milestones.values()))
+    for folder in result.milestones.values():  # none on data-parallel ranks beside the first
+        print(f"made {folder}")
 
 
 def _eval(cfg: DictConfig) -> None:
