@@ -1,16 +1,15 @@
 """What success costs: chance, memory and deafness don't buy it. A success rate means something only above these."""
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from benchmarks.evidence_world import guess
 from vlaexp.action_spec import ActionSpec
 from vlaexp.env.tabletop.env import EE_DELTA_SPEC, JOINT_SPEC, TabletopEnv
 from vlaexp.env.tabletop.expert import Expert
-from vlaexp.env.tabletop.scene import PUSH_SIDES, RECEPTACLES, Scene
 from vlaexp.env.tabletop.tasks import is_success
 
 FIRST_SEED = 900_000  # the seeds of evaluation
@@ -46,17 +45,6 @@ def test_a_demonstration_replayed_on_another_seed_seldom_succeeds(
         assert successes <= 0.3 * episodes, (space, successes)
 
 
-def deaf(scene: Scene, rng: np.random.Generator) -> tuple[Scene, float]:
-    """`scene` as understood by one who sees everything and hears nothing, and the odds of having guessed it."""
-    guess = dataclasses.replace(scene, target=int(rng.integers(len(scene.objects))))
-    odds = 1 / len(scene.objects)
-    if scene.side is not None:
-        return dataclasses.replace(guess, side=str(rng.choice(list(PUSH_SIDES)))), odds / len(PUSH_SIDES)
-    if scene.receptacle is not None:
-        return dataclasses.replace(guess, receptacle=str(rng.choice(RECEPTACLES))), odds / len(RECEPTACLES)
-    return guess, odds
-
-
 @slow_and_fast(30, 200)
 def test_an_expert_that_ignores_the_instruction_succeeds_no_more_often_than_chance(
     family_env: TabletopEnv, episodes: int
@@ -66,7 +54,7 @@ def test_an_expert_that_ignores_the_instruction_succeeds_no_more_often_than_chan
     for seed in range(FIRST_SEED, FIRST_SEED + episodes):
         family_env.reset(seed)
         asked = family_env.scene
-        heard, chance = deaf(asked, rng)
+        heard, chance = guess(asked, rng)
         odds.append(chance)
         family_env.reset_to(heard)
         expert = Expert(family_env, rng)
