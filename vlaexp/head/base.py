@@ -50,6 +50,7 @@ class Head(L.LightningModule, ABC):
 
     name: str  # the word that the user writes, set by each final class
     spaces: tuple[str, ...]  # action spaces that the head can predict
+    loss_name: str = "action_loss"  # under which the action loss is logged
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class Head(L.LightningModule, ABC):
         prefix = self.prefix(batch.observation)
         valid = (~batch.action_is_pad).float()
         action_loss = self.loss(prefix, self.action_norm.normalize(batch.action), valid)
-        metrics = {"action_loss": action_loss.detach()}
+        metrics = {self.loss_name: action_loss.detach()}
         total = self._loss_weight * action_loss
         if self.goal_norm is not None:
             goal_loss = self._goal_loss(prefix, batch)

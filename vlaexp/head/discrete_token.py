@@ -60,6 +60,7 @@ class DiscreteTokenHead(Head):
 
     name = "discrete_token"
     spaces = ("ee_delta", "joint", "native")
+    loss_name = "nll"
 
     def __init__(
         self,

@@ -20,18 +20,22 @@ def tool_errors(chunk: ActionChunk, batch: Batch) -> dict[str, Tensor]:
     if "tool_target" not in targets:
         return {}
     action = chunk.action.detach().cpu().double().numpy()
+    wanted = targets["tool_target"].cpu().double().numpy()
+    wanted_position, wanted_rotation = wanted[..., :3], rotation_from_6d(wanted[..., 3:])
     if chunk.spec.space == "joint" and chunk.spec.embodiment in KINEMATICS:
         position, rotation = KINEMATICS[chunk.spec.embodiment](action[..., : chunk.spec.gripper])
     elif chunk.spec.space == "ee_delta" and chunk.spec.reference == "chunk_start":
         position, rotation = apply_to_start(action[..., :6], targets["tool_start"].cpu().double().numpy())
     elif chunk.spec.space == "ee_delta":
-        position, rotation = accumulate(action[..., :6], targets["command_start"].cpu().double().numpy())
+        start = targets["command_start"].cpu().double().numpy()
+        position, rotation = accumulate(action[..., :6], start)
+        # Noise that was executed, but is in no label, moves the command between steps: the labels add up as they are.
+        wanted_position, wanted_rotation = accumulate(batch.action[..., :6].cpu().double().numpy(), start)
     else:
         return {}
-    wanted = targets["tool_target"].cpu().double().numpy()
     valid = ~batch.action_is_pad.cpu().numpy()
-    distance = np.linalg.norm(position - wanted[..., :3], axis=-1)[valid]
-    turn = rotation @ np.swapaxes(rotation_from_6d(wanted[..., 3:]), -1, -2)
+    distance = np.linalg.norm(position - wanted_position, axis=-1)[valid]
+    turn = rotation @ np.swapaxes(wanted_rotation, -1, -2)
     angle = np.linalg.norm(rotation_vector(turn[valid]), axis=-1)
     return {
         "tool_error_mm": torch.tensor(1e3 * distance.mean(), dtype=torch.float32),

@@ -46,6 +46,7 @@ NUM_HEADS = 4
 
 
 SHIPPED = Path(__file__).parent / "tiny_weights"
+CONFIG_KEYS = ("width", "image_size", "cameras", "state_dim", "goal_dim", "training_seeds")
 
 
 def tokenize(instruction: str) -> list[int]:
@@ -326,8 +327,11 @@ class TinyVLA(BaseModel):
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads((folder / "config.json").read_text())
+        if missing := [key for key in CONFIG_KEYS if key not in config]:
+            raise KeyError(f"config.json lacks {missing}")
+        return config
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(
             f"model.weights={folder} is no folder of tiny weights ({error}); use model.weights=shipped, a folder that "
             "`vlaexp pretrain` made, or null"

@@ -81,7 +81,9 @@ class MlflowTracker(Tracker):
         else:
             run = self._client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
             self._run_id = state["mlflow_run_id"] = run.info.run_id
+        if "mlflow_params" not in state:  # the connection may have been lost between the two
             self._log_params(params)
+            state["mlflow_params"] = True
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
