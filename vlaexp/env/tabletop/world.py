@@ -23,6 +23,7 @@ from vlaexp.env.tabletop.scene import (
 
 TIMESTEP = 0.005
 FINGER_TRAVEL = 0.04  # m, each finger
+EXTENT = 2.322  # m, of the whole scene
 OBJECT_DENSITY = 1200.0  # kg/m^3: a 4 cm cube weighs 77 g
 PARKED = np.array([0.0, 0.0, -1.0])  # where unused slots wait, without gravity or contact
 
@@ -228,6 +229,9 @@ class World:
             model.body(name).pos = PARKED if position is None else (*position, 0.0)
         self._set_front_camera(scene.front_camera)
         mujoco.mj_setConst(model, data)
+        # MuJoCo 4 leaves statistics as compiled: the solver's tolerance scales with one, clipping planes with the other.
+        model.stat.meaninertia = model.dof_M0.mean()
+        model.stat.extent = EXTENT
         mujoco.mj_resetData(model, data)
         self.num_objects = len(scene.objects)
         for item, address in zip(scene.objects, self._object_qpos, strict=False):
