@@ -74,7 +74,7 @@ def compose(verb: str, overrides: Sequence[str] = (), extra_dir: str | None = No
 def _fill_in_name(cfg: DictConfig) -> None:
     """Resolve the name, which may consist of Hydra's choices, while Hydra's resolver can be shown those of `cfg`."""
     hydra = HydraConfig.instance()
-    outer, hydra.cfg = hydra.cfg, cfg
+    outer, hydra.cfg = hydra.cfg, cfg  # type: ignore[assignment]
     try:
         if "name" in cfg:
             cfg.name = cfg.name
