@@ -32,6 +32,7 @@ NOT_IDENTITY = (
     "env",
     "cache",
     "experiment",
+    "format",
     "dataset.name",
     "dataset.root",
     "dataset.repo_id",

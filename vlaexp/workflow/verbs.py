@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +40,37 @@ def _train(cfg: DictConfig) -> None:
     from vlaexp.workflow.train import train
 
     result = train(cfg)
-    if result.held_out:
-        print(held_out_lines(result.held_out))
-    for step, evaluation in result.evaluation.items():
-        print(f"step {step}\n{success_table(evaluation.summaries)}")
-    for folder in result.milestones.values():  # none on data-parallel ranks beside the first
-        print(f"made {folder}")
+    if not result.milestones:  # a data-parallel rank beside the first
+        return
+    evaluation = {step: found.summaries for step, found in result.evaluation.items()}
+    text = [held_out_lines(result.held_out)] if result.held_out else []
+    text += [f"step {step}\n{success_table(summaries)}" for step, summaries in evaluation.items()]
+    data = {"run": str(result.run), "held_out": result.held_out, "evaluation": evaluation}
+    _end(cfg, data, "\n".join(text), result.milestones.values())
 
 
 def _eval(cfg: DictConfig) -> None:
     from vlaexp.workflow.evaluate import evaluate_verb
 
     result = evaluate_verb(cfg)
-    print(f"{success_table(result.summaries)}\nmade {result.folder}")
+    _end(cfg, result.summaries, success_table(result.summaries), [result.folder])
 
 
 def _compare(cfg: DictConfig) -> None:
     from vlaexp.workflow.compare import compare_verb
 
     path, comparison = compare_verb(cfg)
-    print(json.dumps(comparison["rows"], indent=1) if cfg.format == "json" else rows_table(comparison["rows"]))
-    print(f"made {path}", file=sys.stderr)
+    _end(cfg, comparison["rows"], rows_table(comparison["rows"]), [path])
+
+
+def _end(cfg: DictConfig, data: Any, text: str, made: Iterable[Path]) -> None:
+    """Print a result as `format=` wants it, and what was made; beside JSON, to where it does not disturb."""
+    if as_json := cfg.format == "json":
+        print(json.dumps(data, indent=1))
+    elif text:
+        print(text)
+    for path in made:
+        print(f"made {path}", file=sys.stderr if as_json else sys.stdout)
 
 
 def _report(cfg: DictConfig) -> None:
@@ -73,8 +83,7 @@ def _sweep(cfg: DictConfig) -> None:
     from vlaexp.workflow.study import study
 
     result = study(cfg)
-    print(rows_table(result.comparison["rows"]))
-    print("made " + "\nmade ".join(str(path) for path in result.files))
+    _end(cfg, result.comparison["rows"], rows_table(result.comparison["rows"]), result.files)
     if result.failed:
         listing = "; ".join(f"{name}: {text}" for name, text in result.failed.items())
         raise UserError(f"{len(result.failed)} points failed ({listing}); run the same command again to retry them")
