@@ -229,7 +229,7 @@ class World:
             model.body(name).pos = PARKED if position is None else (*position, 0.0)
         self._set_front_camera(scene.front_camera)
         mujoco.mj_setConst(model, data)
-        # MuJoCo 4 leaves statistics as compiled: the solver's tolerance scales with one, clipping planes with the other.
+        # MuJoCo 4 leaves statistics as compiled: one scales the solver's tolerance, the other clipping planes.
         model.stat.meaninertia = model.dof_M0.mean()
         model.stat.extent = EXTENT
         mujoco.mj_resetData(model, data)
