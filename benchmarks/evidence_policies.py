@@ -1,6 +1,7 @@
 """Criteria of the shipped base and of the first study: what pretraining gave, and what LoRA fine-tuning adds."""
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -14,10 +15,6 @@ from benchmarks.surroundings import ROOT
 VLAEXP = ROOT / ".venv" / "bin" / "vlaexp"
 HEADS = ("joint", "ee_delta", "discrete_token", "flow")
 OUTPUTS = ROOT / "outputs" / "evidence"
-
-
-def vlaexp(*arguments: str) -> None:
-    subprocess.run([str(VLAEXP), *arguments, f"outputs={OUTPUTS}"], check=True, cwd=ROOT)
 
 
 @measures()
@@ -62,6 +59,23 @@ def study_action_representations() -> Iterator[Found]:
     )
     yield Found("make demo in seconds, set-up excluded", time.monotonic() - began, "<= 900", 1)
     yield from judge(OUTPUTS / "study" / "action_representations" / "comparison.json")
+
+
+@measures(long=True)
+def real_recordings() -> Iterator[Found]:
+    """Held-out error on a real LeRobot dataset against its trivial baselines; VLAEXP_REAL_DATA names the folder."""
+    folder = os.environ.get("VLAEXP_REAL_DATA")
+    if folder is None:
+        print("     real_recordings needs VLAEXP_REAL_DATA=FOLDER of a LeRobotDataset; left out", flush=True)
+        return
+    shutil.rmtree(OUTPUTS / "real", ignore_errors=True)
+    dataset = ["dataset=lerobot", f"dataset.root={folder}", "dataset.convert=true"]
+    command = ["train", "model=tiny", "head=regression", "action_space=native", "tracker=csv", *dataset]
+    subprocess.run([VLAEXP, *command, f"outputs={OUTPUTS / 'real'}"], check=True, cwd=ROOT)
+    found = json.loads(next((OUTPUTS / "real" / "runs").glob("*/held_out.json")).read_text())
+    for baseline in found["beats"]:
+        ratio = found["policy_mse"] / found[f"{baseline}_mse"]
+        yield Found(f"held-out error on real recordings over that of {baseline}", ratio, "<= 0.9999", found["steps"])
 
 
 def judge(path: Path) -> Iterator[Found]:
