@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from vlaexp import manifest
 from vlaexp.config import compose
+from vlaexp.env.tabletop.scene import COLOURS
+from vlaexp.model.tiny import WORDS, tokenize
 from vlaexp.workflow.evaluate import evaluate_verb
-from vlaexp.workflow.pretrain import pretrain
+from vlaexp.workflow.pretrain import ground_unseen_words, pretrain
 from vlaexp.workflow.train import train
 
 pytestmark = pytest.mark.slow
@@ -87,3 +90,12 @@ def test_weights_are_fine_tuned_and_act_by_themselves(mini, small, tmp_path):
     )
     assert zero.summaries["nominal"]["episodes"] == 1
     assert zero.folder.parent.name.startswith("zero_shot_flow-")
+
+
+def test_only_words_that_no_instruction_held_start_from_the_unknown_one() -> None:
+    rows = torch.arange(len(WORDS), dtype=torch.float32)[:, None].repeat(1, 3)
+    instructions = [f"{verb} the {colour} cube" for verb in ("push", "lift") for colour in sorted(COLOURS)]
+    grounded = ground_unseen_words(rows, instructions)
+    told = {word for text in instructions for word in tokenize(text)}
+    for i in range(2, len(WORDS)):
+        assert torch.equal(grounded[i], rows[i] if i in told else rows[1]), WORDS[i]

@@ -10,7 +10,7 @@ Every stage is a call of the project's own verbs, and every one of them resumes,
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vlaexp import manifest
 from vlaexp.config import compose
+from vlaexp.dataset.lerobot import LeRobotFolder
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.model.tiny import WORDS, tokenize
@@ -40,7 +41,7 @@ def pretrain(cfg: DictConfig) -> Path:
         record(recording)
     trunk = train(compose("train", [*cfg.trunk, outputs]))
     folder = Path(cfg.outputs) / "pretrain" / cfg.name
-    pack_trunk(_last(trunk.milestones), folder)
+    pack_trunk(_last(trunk.milestones), folder, LeRobotFolder(Path(recording.dataset.root)).instructions)
     points = [Point(f"decoder-{head}", "train", (f"head={head}", *cfg.decoder, outputs)) for head in cfg.heads]
     points = [Point(p.name, p.verb, (*p.overrides, f"model.weights={folder}")) for p in points]
     decoders, failed = run_points(points, train_decoder, cfg.processes)
@@ -62,15 +63,15 @@ def train_decoder(point: Point) -> str:
     return str(_last(train(compose("train", point.overrides)).milestones))
 
 
-def pack_trunk(policy: Path, folder: Path) -> None:
-    """Base weights, their statistics and configuration from the trunk's policy folder."""
+def pack_trunk(policy: Path, folder: Path, instructions: Iterable[str]) -> None:
+    """Base weights, their statistics and configuration from the trunk's policy folder and all it was told."""
     record_ = manifest.read(policy)
     tensors = {
         name.removeprefix("model."): value
         for name, value in read_safetensors(policy / "head.safetensors").items()
         if name.startswith("model.") and not name.startswith("model.decoder.")
     }
-    tensors[WORD_ROWS] = ground_unseen_words(tensors[WORD_ROWS], record_["task"])
+    tensors[WORD_ROWS] = ground_unseen_words(tensors[WORD_ROWS], instructions)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "base.safetensors")
     stats = NormStats.load(policy / "norm_stats.json")
@@ -90,9 +91,9 @@ def pack_trunk(policy: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def ground_unseen_words(rows: Tensor, instructions: Sequence[str]) -> Tensor:
+def ground_unseen_words(rows: Tensor, instructions: Iterable[str]) -> Tensor:
     """Word embeddings in which words that training never met start from `<unk>` instead of from noise."""
-    seen = {0, 1} | {word for text in instructions for word in tokenize(text)}
+    seen = {0, 1} | {word for text in set(instructions) for word in tokenize(text)}
     grounded = rows.clone()
     grounded[[i for i in range(len(WORDS)) if i not in seen]] = rows[1]
     return grounded
