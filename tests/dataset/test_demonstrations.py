@@ -199,7 +199,6 @@ def test_the_content_hash_changes_with_numbers_and_images(load, copy, column):
     assert load(root=str(copy)).content_hash() != before
 
 
-@pytest.mark.xfail(strict=True, reason="content_hash leaves meta/tasks.parquet out; mending it gives runs new ids")
 def test_the_content_hash_changes_with_the_instructions(load, copy):
     before = load(root=str(copy))
     tasks = pq.read_table(copy / "meta" / "tasks.parquet").to_pandas()

@@ -20,7 +20,6 @@ SHORT = [
     "trainer.log_interval=1",
     "trainer.val_interval=2",
     "dataset.val_fraction=0.2",
-    "augmentation.cast=6.0",  # checked annotations take 6 for no float
     "tracker=csv",
 ]
 DECODERS = ["joint_joint", "ee_delta_ee_delta", "discrete_token_ee_delta", "flow_ee_delta"]

@@ -101,7 +101,8 @@ class Demonstrations:
 
     def content_hash(self) -> str:
         """Identity of the data and the episodes in use, wherever they lie."""
-        data = {name: digest for name, digest in self.files.items() if name.startswith(("data/", "videos/"))}
+        decisive = ("data/", "videos/", "meta/tasks")
+        data = {name: digest for name, digest in self.files.items() if name.startswith(decisive)}
         return hashlib.sha256(json.dumps([data, self.episode_fingerprints]).encode()).hexdigest()
 
     def _map_cameras(self, cameras: Mapping[str, str] | str) -> dict[str, str]:
