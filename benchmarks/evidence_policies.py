@@ -82,9 +82,10 @@ def judge(path: Path) -> Iterator[Found]:
     """The criteria of the study from its comparison."""
     rows = [row for row in json.loads(path.read_text())["rows"] if row["split"] == "nominal"]
     last = max(row["steps"] for row in rows)
-    tuned = {row["head"]: row for row in rows if row["lora"] != "none" and row["steps"] == last}
-    scratch = {row["head"]: row for row in rows if "scratch" in row["base"] and row["steps"] == last}
-    zero = {row["head"]: row for row in rows if row["role"] == "base"}
+    trained = [row for row in rows if row["role"] == "trained" and row["steps"] == last]
+    scratch = {row["head"]: row for row in trained if "scratch" in row["base"]}
+    tuned = {row["head"]: row for row in trained if row["head"] and "scratch" not in row["base"]}
+    zero = {row["head"]: row for row in rows if row["role"] == "zero-shot"}
     yield Found("heads compared after LoRA", len(tuned), ">= 4", len(rows))
     for head, row in tuned.items():
         yield Found(f"LoRA r16 on the new domain, head={head}", row["success_rate"], ">= 0.6", row["episodes"])
