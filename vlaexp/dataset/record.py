@@ -10,13 +10,12 @@ Action noise follows DART (Laskey et al. 2017, arXiv 1703.09327): noise is execu
 import json
 import os
 import shutil
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from vlaexp.dataset.lerobot import quiet_lerobot
 from vlaexp.env.tabletop.env import EE_DELTA_SPEC, EMBODIMENT, FPS, JOINT_SPEC, STATE_NAMES, TabletopEnv
 from vlaexp.env.tabletop.expert import DEFECTS, Expert
 from vlaexp.errors import UserError, nearest
+from vlaexp.processes import exit_with_parent
 
 STEPS_AFTER_SUCCESS = 2
 POSE_NAMES = ("x", "y", "z", *(f"rotation_{i}" for i in range(6)))
@@ -361,15 +361,7 @@ _worker_env: TabletopEnv | None = None
 def _start_worker(make_env: Callable[[], TabletopEnv]) -> None:
     global _worker_env
     _worker_env = make_env()
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """A killed recording leaves no workers that wait for it forever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    exit_with_parent()
 
 
 def _record_to_file(job: tuple[int, float, str | None, str]) -> bool:

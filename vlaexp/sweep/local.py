@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
+from vlaexp.processes import exit_with_parent
 from vlaexp.sweep.grid import Point
 
 
@@ -23,7 +24,7 @@ def run_points[Result](
     results: dict[str, Result] = {}
     errors: dict[str, str] = {}
     began = time.monotonic()
-    with ProcessPoolExecutor(min(processes, len(points)), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(processes, len(points)), get_context("spawn"), exit_with_parent) as pool:
         futures: dict[Future[Result], str] = {pool.submit(work, point): point.name for point in points}
         for future in as_completed(futures):
             name = futures[future]
