@@ -77,14 +77,19 @@ class Act:
                 break
         return done * batch_size / (time.perf_counter() - began)
 
-    def evaluate(self, world: dict[str, Any], seeds: Sequence[int]) -> None:
-        """One episode per seed through `lerobot_eval.rollout`, in one asynchronous vector environment."""
+    def episodes_per_second(self, world: dict[str, Any], seeds: Sequence[int], rows: int) -> float:
+        """`lerobot_eval.rollout` on `rows` asynchronous environments that have started, one batch of seeds at a time."""
         self.policy.eval()
-        makers = [lambda: Pixels(world) for _ in seeds]
+        makers = [lambda: Pixels(world) for _ in range(rows)]
         envs = gymnasium.vector.AsyncVectorEnv(makers, shared_memory=False, context="spawn")
         same: Any = PolicyProcessorPipeline(steps=[])
         with contextlib.closing(envs):
-            rollout(envs, self.policy, same, same, self.before, self.after, seeds=list(seeds))
+            envs.reset(seed=list(seeds[:rows]))
+            began = time.perf_counter()
+            for first in range(0, len(seeds), rows):
+                batch = list(seeds[first : first + rows])
+                rollout(envs, self.policy, same, same, self.before, self.after, seeds=batch)
+            return len(seeds) / (time.perf_counter() - began)
 
 
 class ActInVlaexp:
@@ -119,7 +124,8 @@ class Pixels(gymnasium.Env[dict[str, Any], np.ndarray]):
         assert isinstance(spaces, gymnasium.spaces.Dict)
         self.observation_space = gymnasium.spaces.Dict({"pixels": spaces["images"], "agent_pos": spaces["state"]})
         self.action_space = self._env.action_space
-        self.task_description, self._max_episode_steps = "", self._env.world.max_steps
+        self.task = self.task_description = ""
+        self._max_episode_steps = self._env.world.max_steps
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         observation, _ = self._env.reset(seed=seed)

@@ -33,7 +33,7 @@ from vlaexp.workflow.train import build, train
 
 RESULTS = ROOT / "benchmarks" / "results"
 COMMAND = "make bench"
-EPISODES = 40
+EPISODES = 100
 HEADS = ("joint", "ee_delta", "discrete_token", "flow")
 
 
@@ -192,7 +192,7 @@ def loading(outputs: Path) -> Iterator[Row]:
     ours = iter(train_loader(data, Fit(max_steps=1, batch_size=64), Untrained(), 0))  # type: ignore[arg-type]
     theirs = iter(Act(Path(parts.demos.root)).loader(64, 0))
     yield Row(
-        "loading samples (12-step chunks), one process",
+        "loading samples (12-step chunks), one process, one camera, cached images",
         "samples/s",
         64 * per_second(lambda: next(ours)),
         "LeRobotDataset and DataLoader, num_workers=0, two cameras",
@@ -251,11 +251,7 @@ def evaluation(outputs: Path) -> Iterator[Row]:
             run_episodes(policy, envs, seeds)
             return len(seeds) / (time.perf_counter() - began)
 
-    world = {"families": ("pick",)}
-    began = time.perf_counter()
-    for first in (0, 8):
-        act.evaluate(world, seeds[first : first + 8])
-    theirs = len(seeds) / (time.perf_counter() - began)
+    theirs = act.episodes_per_second({"families": ("pick",)}, seeds, rows=8)
     alternative = "lerobot_eval.rollout with the same ACT, AsyncVectorEnv of 8"
     yield Row("evaluation loop with LeRobot's ACT", "episodes/s", ours(ActInVlaexp(act)), alternative, theirs)
     steps = ["trainer.max_steps=1", "trainer.val_interval=1"]
