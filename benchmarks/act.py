@@ -78,7 +78,7 @@ class Act:
         return done * batch_size / (time.perf_counter() - began)
 
     def episodes_per_second(self, world: dict[str, Any], seeds: Sequence[int], rows: int) -> float:
-        """`lerobot_eval.rollout` on `rows` asynchronous environments that have started, one batch of seeds at a time."""
+        """`lerobot_eval.rollout` on `rows` asynchronous environments that have started, a batch of seeds at a time."""
         self.policy.eval()
         makers = [lambda: Pixels(world) for _ in range(rows)]
         envs = gymnasium.vector.AsyncVectorEnv(makers, shared_memory=False, context="spawn")
