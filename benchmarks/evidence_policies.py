@@ -42,7 +42,9 @@ def base_success(head: str, episodes: int) -> Iterator[Found]:
     shutil.rmtree(OUTPUTS / name, ignore_errors=True)
     space = "joint" if head == "joint" else "ee_delta"
     chosen = [f"head={head}", f"action_space={space}", "env=tabletop", "eval=nominal", f"eval.episodes={episodes}"]
-    subprocess.run([VLAEXP, "eval", "policy=base", *chosen, "tracker=csv", f"outputs={OUTPUTS / name}"], check=True)
+    subprocess.run(
+        [VLAEXP, "eval", "policy=base", *chosen, "tracker=csv", f"outputs={OUTPUTS / name}"], check=True, cwd=ROOT
+    )
     summary = json.loads(next((OUTPUTS / name).rglob("summary.json")).read_text())
     for family, rate in summary["success_by_family"].items():
         bound = ">= 0.9" if family == "pick" else ">= 0.8"
