@@ -200,7 +200,7 @@ def test_an_existing_dataset_is_refused_and_untouched(spoilt, record_into):
 def interrupted(tmp_path, record_into, monkeypatch):
     """Root of a recording that was interrupted before its first episode."""
     with monkeypatch.context() as patch:
-        patch.setattr("vlaexp.dataset.record.Recorder._simulate", lambda *_: exec("raise KeyboardInterrupt"))
+        patch.setattr("vlaexp.dataset.record.Recorder._simulated", lambda *_: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             record_into(tmp_path / "demo")
     return tmp_path / "demo"
@@ -210,8 +210,10 @@ def test_what_an_interrupted_recording_has_beyond_the_wish_does_not_change_the_c
     recorded, tmp_path, record_into, monkeypatch
 ):
     root = tmp_path / "demo"
+    with quiet_lerobot():
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
     with monkeypatch.context() as patch:
-        patch.setattr("vlaexp.dataset.record.Recorder._write", lambda *_: exec("raise KeyboardInterrupt"))
+        patch.setattr(LeRobotDataset, "finalize", lambda _: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             record_into(root, "episodes=4")
     staged = sorted((tmp_path / "demo.recording" / "episodes").glob("*.npz"))

@@ -1,8 +1,9 @@
 """Record scripted demonstrations of the embedded world into a LeRobotDataset v3, in a way that survives being killed.
 
-Phase one simulates: each successful episode becomes one file under `<root>.recording/episodes/`. Phase two writes them
-with LeRobot's own writer into `<root>.recording/dataset` and renames that folder to `<root>`. A finished dataset
-therefore appears at once or not at all, and a second call continues with the episodes that are already there.
+Workers simulate; each successful episode becomes one file under `<root>.recording/episodes/`. Meanwhile this process
+writes them, in order of their seeds, with LeRobot's own writer into `<root>.recording/dataset`, and at the end renames
+that folder to `<root>`. A finished dataset therefore appears at once or not at all, and a second call simulates only
+the episodes that are not there yet.
 
 Action noise follows DART (Laskey et al. 2017, arXiv 1703.09327): noise is executed, the label stays clean.
 """
@@ -12,9 +13,12 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,8 @@ from vlaexp.errors import UserError, nearest
 from vlaexp.processes import exit_with_parent
 
 STEPS_AFTER_SUCCESS = 2
+SIMULATED_AHEAD = 16  # episodes that may wait for the writer
+FAILED = ".failed"
 POSE_NAMES = ("x", "y", "z", *(f"rotation_{i}" for i in range(6)))
 
 
@@ -228,20 +234,17 @@ class Recorder:
         staged = self._staging / "episodes"
         staged.mkdir(parents=True, exist_ok=True)
         self._check_same_request()
-        failed = self._simulate(staged)
-        simulated = time.perf_counter() - started
-        files = sorted(staged.glob("*.npz"))[: self.episodes]
-        frames = self._write(files)
+        with closing(self._simulated(staged)) as files:
+            seeds, frames = self._write(files)
         shutil.rmtree(self._staging)
         elapsed = time.perf_counter() - started
         return {
             "root": str(self.root),
-            "episodes": len(files),
+            "episodes": len(seeds),
             "frames": frames,
-            "expert_failures": failed,
+            "expert_failures": seeds[-1] + 1 - self.first_seed - len(seeds),
             "seconds": round(elapsed, 1),
-            "simulated_episodes_per_s": round(len(files) / simulated, 2),
-            "episodes_per_s": round(len(files) / elapsed, 2),
+            "episodes_per_s": round(len(seeds) / elapsed, 2),
         }
 
     def _check_same_request(self) -> None:
@@ -268,45 +271,36 @@ class Recorder:
             draw -= share
         return None
 
-    def _missing(self, done: set[int], failed: set[int]) -> list[int]:
-        """Seeds to play so that the first `episodes` successes, counting up, are there; assumes that all succeed."""
-        missing, seed, found = [], self.first_seed, 0
-        while found < self.episodes:
-            found += seed not in failed
-            if seed not in failed and seed not in done:
-                missing.append(seed)
-            seed += 1
-        return missing
+    def _simulated(self, staged: Path) -> Generator[Path]:
+        """Files of the first `episodes` successes, counting seeds up; what is not staged yet is simulated ahead."""
+        seeds, queue, found = count(self.first_seed), deque[tuple[Path, Future[None] | None]](), 0
+        with ProcessPoolExecutor(self.workers, get_context("forkserver"), _start_worker, (self.make_env,)) as pool:
+            while found < self.episodes:
+                while len(queue) < min(SIMULATED_AHEAD, self.episodes - found):
+                    seed = next(seeds)
+                    path = staged / f"{seed:09d}.npz"
+                    job = None
+                    if not path.exists() and not path.with_suffix(FAILED).exists():
+                        job = pool.submit(_record_to_file, seed, self.action_noise, self._defect(seed), path)
+                    queue.append((path, job))
+                path, job = queue.popleft()
+                if job is not None:
+                    job.result()
+                if path.exists():
+                    found += 1
+                    yield path
 
-    def _simulate(self, staged: Path) -> int:
-        """Fill `staged` up to the wanted number of episodes; returns how many seeds the expert failed on."""
-        marker = self._staging / "failed_seeds.json"
-        failed: set[int] = set(json.loads(marker.read_text())) if marker.exists() else set()
-        done = {int(path.stem) for path in staged.glob("*.npz")}
-
-        bar = tqdm(total=self.episodes, initial=len(done), desc="simulate", unit="ep", smoothing=0.05)
-        context = get_context("forkserver")
-        with bar, ProcessPoolExecutor(self.workers, context, _start_worker, (self.make_env,)) as pool:
-            while wanted := self._missing(done, failed):
-                jobs = ((seed, self.action_noise, self._defect(seed), str(staged)) for seed in wanted)
-                for seed, ok in zip(wanted, pool.map(_record_to_file, jobs, chunksize=4), strict=True):
-                    (done if ok else failed).add(seed)
-                    bar.update(int(ok))
-                marker.write_text(json.dumps(sorted(failed)))
-        return len(failed)
-
-    def _write(self, files: list[Path]) -> int:
+    def _write(self, files: Iterator[Path]) -> tuple[list[int], int]:
+        """Write the episodes and put the finished dataset in its place; returns their seeds and the frames."""
         with quiet_lerobot():
             from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
         target = self._staging / "dataset"
         shutil.rmtree(target, ignore_errors=True)
-        first = _load_episode(files[0])
-        image_size = next(iter(first.images.values())).shape[1]
         dataset = LeRobotDataset.create(
             repo_id=f"local/{self.root.name}",
             fps=round(FPS),
-            features=features(image_size, self.use_videos),
+            features=features(self.environment["image_size"], self.use_videos),
             root=target,
             robot_type=EMBODIMENT,
             use_videos=self.use_videos,
@@ -314,7 +308,7 @@ class Recorder:
             streaming_encoding=self.use_videos,
         )
         frames, seeds, labels = 0, [], {}
-        for index, path in enumerate(tqdm(files, desc="write", unit="ep")):
+        for index, path in enumerate(tqdm(files, "record", self.episodes, unit="ep", smoothing=0.05)):
             episode = _load_episode(path)
             for frame in _lerobot_frames(episode):
                 dataset.add_frame(frame)
@@ -333,7 +327,7 @@ class Recorder:
             (target / LABEL_FILE).write_text(json.dumps(labels, indent=2))
         self.root.parent.mkdir(parents=True, exist_ok=True)
         target.rename(self.root)
-        return frames
+        return seeds, frames
 
 
 def _load_episode(path: Path) -> Episode:
@@ -364,11 +358,11 @@ def _start_worker(make_env: Callable[[], TabletopEnv]) -> None:
     exit_with_parent()
 
 
-def _record_to_file(job: tuple[int, float, str | None, str]) -> bool:
-    seed, action_noise, defect, folder = job
+def _record_to_file(seed: int, action_noise: float, defect: str | None, path: Path) -> None:
+    """Stage the episode of a seed, or an empty mark that the expert failed on it."""
     assert _worker_env is not None
     episode = record_episode(_worker_env, seed, action_noise, defect)
     if episode is None:
-        return False
-    episode.save(Path(folder) / f"{seed:09d}.npz")
-    return True
+        path.with_suffix(FAILED).touch()
+    else:
+        episode.save(path)
