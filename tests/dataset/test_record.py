@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlaexp.dataset.card import LABEL_FILE, DatasetCard
+from vlaexp.dataset.demonstrations import ActionSpace, Demonstrations
 from vlaexp.dataset.lerobot import LeRobotFolder, quiet_lerobot
 from vlaexp.env.tabletop.env import EE_DELTA_SPEC, JOINT_SPEC, STATE_NAMES
 from vlaexp.errors import UserError
@@ -128,6 +129,11 @@ def test_an_unknown_defect_is_named_with_its_nearest(tmp_path, record_into):
 def test_two_workers_record_what_one_does(spoilt, tmp_path, record_into):
     record_into(tmp_path / "demo", *SPOILT, "workers=2")
     assert content(tmp_path / "demo") == content(spoilt)
+    first, second = (
+        Demonstrations(ActionSpace("joint", "absolute"), 12, "demo", str(tmp_path), root=str(root))
+        for root in (spoilt, tmp_path / "demo")
+    )
+    assert first.content_hash() == second.content_hash()
 
 
 def test_a_recording_that_fails_in_the_writer_is_finished_by_a_second_call(spoilt, tmp_path, record_into, monkeypatch):

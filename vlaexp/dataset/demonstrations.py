@@ -13,7 +13,7 @@ import numpy as np
 from vlaexp.action_spec import ActionSpec, Reference, Space
 from vlaexp.dataset.batches import ChunkDataset, Columns, Frames
 from vlaexp.dataset.card import DatasetCard
-from vlaexp.dataset.lerobot import LeRobotFolder, locate
+from vlaexp.dataset.lerobot import LeRobotFolder, hash_table, locate
 from vlaexp.dataset.normalize import Mode, NormStats, Statistics
 from vlaexp.dataset.split import EpisodeSplit, episode_fingerprints, split_episodes
 from vlaexp.dataset.targets import goal_units
@@ -99,11 +99,16 @@ class Demonstrations:
         """sha256 of every file of the dataset."""
         return hash_folder(self.root, ["data/**/*.parquet", "meta/**/*", "videos/**/*.mp4", "*.yaml"])
 
+    @cached_property
+    def content(self) -> dict[str, str]:
+        """Hash of what every file that decides the training data holds; equal for an identical second recording."""
+        tables = [*self.root.glob("data/**/*.parquet"), *self.root.glob("meta/tasks.parquet")]
+        hashes = {str(path.relative_to(self.root)): hash_table(path) for path in sorted(tables)}
+        return hashes | {name: digest for name, digest in self.files.items() if name.startswith("videos/")}
+
     def content_hash(self) -> str:
         """Identity of the data and the episodes in use, wherever they lie."""
-        decisive = ("data/", "videos/", "meta/tasks")
-        data = {name: digest for name, digest in self.files.items() if name.startswith(decisive)}
-        return hashlib.sha256(json.dumps([data, self.episode_fingerprints]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.content, self.episode_fingerprints]).encode()).hexdigest()
 
     def _map_cameras(self, cameras: Mapping[str, str] | str) -> dict[str, str]:
         if not isinstance(cameras, str):

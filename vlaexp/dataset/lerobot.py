@@ -5,6 +5,7 @@ metadata, its video decoder and its v2.1 converter are used here; the columns ar
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -76,6 +77,15 @@ class VideoColumn:
             decoded = decode_video_frames(self._files[file], times.tolist(), self._tolerance, return_uint8=True)
             frames.append(decoded.numpy())
         return np.concatenate(frames)[inverse]
+
+
+def hash_table(path: Path) -> str:
+    """Hash of a parquet file's columns, without the metadata, where the `datasets` library puts a random fingerprint."""
+    file = pq.ParquetFile(path)
+    digest = hashlib.sha256(str(file.schema_arrow.remove_metadata()).encode())
+    for batch in file.iter_batches():
+        digest.update(batch.replace_schema_metadata(None).serialize())
+    return digest.hexdigest()
 
 
 class LeRobotFolder:

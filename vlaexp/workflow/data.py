@@ -59,7 +59,7 @@ def training_frames(
     caches: dict[str, Frames] = {}
     for camera, source in raw.items():
         key = {
-            "files": {name: digest for name, digest in demos.files.items() if name.startswith(("data/", "videos/"))},
+            "content": demos.content,
             "column": demos.cameras[camera],
             "pipeline": model.image_pipeline(),
             "torch": torch.__version__,
