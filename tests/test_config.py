@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from vlaexp.cli import VERBS
 from vlaexp.config import NOT_IDENTITY, compose, config_dir, resolved, run_id
+from vlaexp.paths import PACKAGE
 
 CONF = config_dir()
 CHOICES = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml"))
@@ -106,6 +107,14 @@ def test_an_experiment_begins_with_its_command(file):
     for key, value in yaml.safe_load((CONF / file).read_text()).items():
         if key != "defaults":
             assert OmegaConf.to_container(cfg)[key] == value, f"the verb's own {key} won over the experiment's"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_key_of_a_primary_config_is_read(verb):
+    source = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    keys = [key for key in yaml.safe_load((CONF / f"{verb}.yaml").read_text()) if key != "defaults"]
+    unread = [key for key in keys if not re.search(rf"""\bcfg\.{key}\b|\["{key}"\]""", source)]
+    assert unread == []
 
 
 def test_an_experiment_wins_over_the_verb(tmp_path):

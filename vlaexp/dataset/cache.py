@@ -76,15 +76,18 @@ def cached_frames(
         )
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    array = np.lib.format.open_memmap(partial, "w+", first.dtype, (num_frames, *first.shape[1:]))
-    with tqdm(total=num_frames, desc=f"cache {label} ({size_gb:.2f} GB)", unit="frame") as bar:
-        for begin in range(0, num_frames, CHUNK):
-            indices = np.arange(begin, min(begin + CHUNK, num_frames))
-            array[indices] = compute(source[indices])
-            bar.update(len(indices))
-    array.flush()
-    header.write_text(json.dumps({"frames": num_frames, "shape": list(first.shape[1:]), **key_parts}, default=str))
-    partial.replace(path)
+    try:
+        array = np.lib.format.open_memmap(partial, "w+", first.dtype, (num_frames, *first.shape[1:]))
+        with tqdm(total=num_frames, desc=f"cache {label} ({size_gb:.2f} GB)", unit="frame") as bar:
+            for begin in range(0, num_frames, CHUNK):
+                indices = np.arange(begin, min(begin + CHUNK, num_frames))
+                array[indices] = compute(source[indices])
+                bar.update(len(indices))
+        array.flush()
+        header.write_text(json.dumps({"frames": num_frames, "shape": list(first.shape[1:]), **key_parts}, default=str))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return FrameCache(_open(path, header, num_frames))
 
 
