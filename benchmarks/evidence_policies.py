@@ -27,7 +27,7 @@ def shipped_weights() -> Iterator[Found]:
 
 @measures()
 def base_in_small() -> Iterator[Found]:
-    yield from base_success("ee_delta", episodes=60)
+    yield from base_success("ee_delta", episodes=150)
 
 
 @measures(long=True)
