@@ -80,7 +80,7 @@ class VideoColumn:
 
 
 def hash_table(path: Path) -> str:
-    """Hash of a parquet file's columns, without the metadata, where the `datasets` library puts a random fingerprint."""
+    """Hash of a parquet file's columns without its metadata, where the `datasets` library puts a random fingerprint."""
     file = pq.ParquetFile(path)
     digest = hashlib.sha256(str(file.schema_arrow.remove_metadata()).encode())
     for batch in file.iter_batches():
