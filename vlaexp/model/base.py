@@ -11,9 +11,10 @@ LoRA targets and attribution are said in those words. There are two ways in, and
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float
@@ -57,6 +58,9 @@ class BaseModel(nn.Module, ABC):
     supported_heads: tuple[str, ...]
     training_seeds: tuple[tuple[int, int], ...] = ()  # ranges of the episodes that the loaded weights were trained on
     reinitialized: tuple[str, ...] = ()  # prefixes of parameters that the loaded weights did not fit (another robot)
+    # Layers that freeze policies name, as paths: `embeddings` (token embedding) and `last_layer` of the language part.
+    landmarks: Mapping[str, str] = MappingProxyType({})
+    large = False  # `vlaexp plan` then builds it without weights, on the meta device
 
     @abstractmethod
     def prefill(self, observation: Observation) -> Prefix:

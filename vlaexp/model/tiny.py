@@ -216,6 +216,7 @@ class TinyVLA(BaseModel):
         num_visual = len(self.cameras) * num_spatial_tokens
         self.language = Language(num_visual, state_dim, goal_dim, width, depth)
         self.decoder = Decoder(self.plan_width, width, decoder_depth)
+        self.landmarks = {"embeddings": "language.words", "last_layer": f"language.blocks.{depth - 1}"}
         if self.weights is not None:
             self.reinitialized = self._load(self.weights, config)
             self.training_seeds = tuple((low, high) for low, high in config["training_seeds"])

@@ -68,8 +68,10 @@ def describe(record: Mapping[str, Any]) -> dict[str, Any]:
         "head": record["head"],
         "decoder": DECODERS.get(record["head"], record["head"]),
         "action_space": record["action_spec"]["space"],
-        "lora": f"r{config['lora']['rank']}" if config["lora"]["rank"] else "none",
-        "freeze": ",".join(record["freeze"]) or "none",
+        "lora": f"{'dora ' if config['lora'].get('dora') else ''}r{config['lora']['rank']}"
+        if config["lora"]["rank"]
+        else "none",
+        "freeze": str(instantiate(config["freeze"], _convert_="all")),
         "dataset": record["dataset"]["name"],
         "dataset_content": record["dataset"]["content"],
         "seed": record["seed"],
