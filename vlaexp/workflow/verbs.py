@@ -15,6 +15,7 @@ def run(verb: str, cfg: DictConfig) -> None:
     """Run a verb of the command line."""
     actions: dict[str, Callable[[DictConfig], None]] = {
         "record": _record,
+        "plan": _plan,
         "train": _train,
         "eval": _eval,
         "compare": _compare,
@@ -34,6 +35,14 @@ def _record(cfg: DictConfig) -> None:
         f"{made['episodes']} demonstrations ({made['frames']} frames, {made['expert_failures']} seeds skipped) in "
         f"{made['seconds']} s: {made['episodes_per_s']} episodes/s\nmade {made['root']}"
     )
+
+
+def _plan(cfg: DictConfig) -> None:
+    from vlaexp.workflow.plan import plan
+    from vlaexp.workflow.plan_text import plan_lines
+
+    found = plan(cfg)
+    _end(cfg, found, "\n".join(plan_lines(found)), [])
 
 
 def _train(cfg: DictConfig) -> None:
