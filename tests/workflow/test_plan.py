@@ -79,15 +79,13 @@ def test_activations_are_those_of_a_real_step(small: list[str], head: str, preci
 
     parts.head.train()
     with (
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         loss, _ = parts.head.compute_loss(batch)
     real = sum(tensor.untyped_storage().nbytes() for pointer, tensor in saved.items() if pointer not in own)
     loss.backward()
-    assert activation_bytes(parts.head, 32, precision) == pytest.approx(
-        real, rel=0.02 if precision == "32-true" else 0.5
-    )
+    assert activation_bytes(parts.head, 32, precision) == pytest.approx(real, rel=0.02)
 
 
 def test_activations_grow_with_the_batch(small: list[str]) -> None:
@@ -105,8 +103,10 @@ def test_a_model_without_numbers_gives_the_same_plan(small: list[str]) -> None:
     assert all(parameter.is_meta for parameter in built.head.parameters())
     assert built.ledger == parts.ledger
     assert find_dead_adapters(built.head) == find_dead_adapters(parts.head) != []
-    # attention on the meta device keeps other intermediate results than the CPU's fused one
-    assert activation_bytes(built.head, 8) == pytest.approx(activation_bytes(parts.head, 8), rel=0.1)
+    for precision in ("32-true", "bf16-mixed"):
+        # attention on the meta device keeps other intermediate results than the CPU's fused one
+        here, meta = (activation_bytes(head, 8, precision) for head in (parts.head, built.head))
+        assert meta == pytest.approx(here, rel=0.15), precision
 
 
 def test_large_models_are_built_without_weights(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,10 +165,10 @@ def test_mistakes_give_the_nearest(small: list[str], tmp_path: Path) -> None:
         UserError, match=r"is not here, and env= has no action space 'native'; available: ee_delta, joint"
     ):
         planned(f"outputs={tmp_path / 'none'}", "head=regression")
+    nothing = compose("plan", ["name=plan"])
+    nothing.dataset = nothing.env = None
     with pytest.raises(UserError, match=r"dataset: none, and env=null; set env="):
-        cfg = compose("plan", ["name=plan"])
-        cfg.dataset = cfg.env = None
-        plan(cfg)
+        plan(nothing)
 
 
 def test_the_rules_are_those_of_the_field() -> None:

@@ -4,10 +4,14 @@ Works on real devices and on the meta device, where tensors have shapes but no n
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from vlaexp.data_types import Batch, Observation
 from vlaexp.head.base import Head, OptimizerFactory
@@ -40,16 +44,46 @@ def made_up_batch(head: Head, batch_size: int, seed: int = 0) -> Batch:
     )
 
 
+class MetaAutocast(TorchFunctionMode):
+    """Autocast for the meta device, which torch has none for: products run in `dtype`."""
+
+    PRODUCTS = (
+        F.linear,
+        F.conv2d,
+        F.scaled_dot_product_attention,
+        torch.matmul,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        torch.bmm,
+    )
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.PRODUCTS:
+            args, kwargs = tree_map(self._cast, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self._dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """What Lightning puts around a training step under this `trainer.precision`."""
+    if not precision.endswith("-mixed"):
+        return nullcontext()
+    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+    return MetaAutocast(dtype) if device.type == "meta" else torch.autocast(device.type, dtype)
+
+
 def training_loss(head: Head, batch: Batch, precision: str = "32-true") -> Tensor:
     """The loss of a training step; the same number at every call."""
     device = batch.action.device
-    mixed = precision.endswith("-mixed") and device.type != "meta"
-    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
     was_training = head.training
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.autocast("cpu" if device.type == "meta" else device.type, dtype, enabled=mixed),
-    ):
+    rng_devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=rng_devices), autocast(device, precision):
         torch.manual_seed(0)
         loss, _ = head.train().compute_loss(batch)
     head.train(was_training)
@@ -72,24 +106,22 @@ def find_dead_adapters(head: Head, precision: str = "32-true") -> list[str]:
 def activation_bytes(head: Head, batch_size: int, precision: str = "32-true") -> int:
     """Bytes that the forward pass of one training step keeps for the backward pass.
 
-    The storages of all tensors that autograd saves, each counted once, without weights and buffers. Under mixed
-    precision what is float32 is counted at two bytes per number. Not in it: what gradient checkpointing holds besides,
-    and temporary buffers.
+    The storages of all tensors that autograd saves, each counted once, without weights and buffers. Not in it:
+    temporary buffers, and the inputs of blocks that gradient checkpointing runs again.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*head.parameters(), *head.buffers())}
-    kept: dict[int, tuple[Any, float]] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that an address stays one storage's own
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            share = 0.5 if precision.endswith("-mixed") and tensor.dtype == torch.float32 else 1.0
-            kept[storage._cdata] = storage, share * storage.nbytes()  # held, so that its address stays its own
+            kept[storage._cdata] = storage
         return tensor
 
     batch = made_up_batch(head, batch_size)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        training_loss(head, batch)
-    return round(sum(size for _, size in kept.values()))
+        training_loss(head, batch, precision)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def optimizer_bytes_per_weight_byte(optimizer: OptimizerFactory) -> float:
