@@ -24,6 +24,7 @@ VERBS = {
     "report": "draw a comparison: report.html and report.md",
     "sweep": "run a study: record, train every point, evaluate, compare, report",
     "pretrain": "pretrain the tiny base model by the project's own recipe",
+    "merge": "fold a policy's adapter into stand-alone base weights, and prove that it acts the same",
     "manifest": "show, verify or compare the manifests of policy folders",
 }
 

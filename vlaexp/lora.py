@@ -30,6 +30,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from vlaexp.errors import UserError, nearest
@@ -131,6 +132,15 @@ def load_adapter(model: BaseModel, folder: Path, trainable: bool = False) -> Pef
         ) from error
     _restore_trainable(model, keep)
     return wrapped  # type: ignore[return-value]
+
+
+def merge_adapter(model: BaseModel) -> None:
+    """Fold every adapter into the weights of its layer and remove it, in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()  # type: ignore[operator]
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
 def _trainable(model: nn.Module) -> set[str]:

@@ -3,8 +3,8 @@
 Works on real devices and on the meta device, where tensors have shapes but no numbers.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,13 +81,20 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def training_loss(head: Head, batch: Batch, precision: str = "32-true") -> Tensor:
     """The loss of a training step; the same number at every call."""
     device = batch.action.device
-    was_training = head.training
     rng_devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=rng_devices), autocast(device, precision):
+    with torch.random.fork_rng(devices=rng_devices), autocast(device, precision), _modes_kept(head):
         torch.manual_seed(0)
         loss, _ = head.train().compute_loss(batch)
-    head.train(was_training)
     return loss
+
+
+@contextmanager
+def _modes_kept(head: Head) -> Iterator[None]:
+    """Give every module its training or evaluation mode back; a frozen one may differ from the head's."""
+    modes = {module: module.training for module in head.modules()}
+    yield
+    for module, training in modes.items():
+        module.training = training
 
 
 def find_dead_adapters(head: Head, precision: str = "32-true") -> list[str]:
@@ -95,10 +102,8 @@ def find_dead_adapters(head: Head, precision: str = "32-true") -> list[str]:
     batch = made_up_batch(head, 2)
 
     def actions() -> Tensor:
-        was_training = head.training
-        action = head.eval().predict_action(batch.observation).action
-        head.train(was_training)
-        return action
+        with _modes_kept(head):
+            return head.eval().predict_action(batch.observation).action
 
     return dead_adapters(head.model, lambda: training_loss(head, batch, precision), actions)
 

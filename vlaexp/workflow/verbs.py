@@ -22,6 +22,7 @@ def run(verb: str, cfg: DictConfig) -> None:
         "report": _report,
         "sweep": _sweep,
         "pretrain": _pretrain,
+        "merge": _merge,
         "manifest": _manifest,
     }
     actions[verb](cfg)
@@ -103,6 +104,18 @@ def _pretrain(cfg: DictConfig) -> None:
 
     folder = pretrain(cfg)
     print(f"{(folder / 'README.md').read_text()}\nmade {folder}; use it with model.weights={folder}")
+
+
+def _merge(cfg: DictConfig) -> None:
+    from vlaexp.workflow.merge import merge
+
+    folder, proof = merge(cfg)
+    text = (
+        f"actions before and after agree: largest difference {proof['largest_difference']:.1e} of their scale on "
+        f"{proof['observations']} observations (tolerance in {proof['dtype']}: {proof['tolerance']:.0e})\n"
+        f"use it with model.weights={folder}"
+    )
+    _end(cfg, {"folder": str(folder), **proof}, text, [folder])
 
 
 def _manifest(cfg: DictConfig) -> None:
