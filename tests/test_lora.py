@@ -10,7 +10,8 @@ import torch
 from vlaexp.config import compose, resolved
 from vlaexp.data_types import Observation
 from vlaexp.errors import UserError
-from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts, ledger, load_adapter, target_modules
+from vlaexp.ledger import ledger
+from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts, load_adapter, target_modules
 from vlaexp.model.base import PARTS
 from vlaexp.model.tiny import TinyVLA
 from vlaexp.workflow.train import Parts, build, train
@@ -47,7 +48,7 @@ def stir(model: TinyVLA) -> None:
 def adapted(parts: Sequence[str], rank: int = 4, freeze: Sequence[str] = PARTS, **lora: object) -> TinyVLA:
     model = make_model()
     freeze_parts(model, Freeze(freeze))
-    add_adapter(model, Lora(rank, parts=parts, **lora), Freeze(freeze))  # type: ignore[arg-type]
+    add_adapter(model, Lora(rank, targets=parts, **lora), Freeze(freeze))  # type: ignore[arg-type]
     return model
 
 
@@ -56,11 +57,17 @@ def test_lora_at_initialisation_equals_the_base(parts: list[str]) -> None:
     assert torch.equal(hidden(adapted(parts).eval()), hidden(make_model()))
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_merged_equals_unmerged(rslora: bool) -> None:
+def test_dora_at_initialisation_equals_the_base() -> None:
+    model = adapted(PARTS, dora=True).eval()
+    assert any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(hidden(model), hidden(make_model()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}])
+def test_merged_equals_unmerged(kind: dict[str, bool]) -> None:
     model = make_model()
     freeze_parts(model, Freeze(PARTS))
-    wrapped = add_adapter(model, Lora(4, parts=PARTS, rslora=rslora), Freeze(PARTS)).eval()
+    wrapped = add_adapter(model, Lora(4, targets=PARTS, **kind), Freeze(PARTS)).eval()
     stir(model)
     apart = hidden(model)
     assert not torch.allclose(apart, hidden(make_model()), atol=1e-3)
@@ -97,13 +104,24 @@ def test_adapters_are_in_the_named_parts_alone(parts: list[str]) -> None:
 def test_all_linear_means_every_linear_and_convolution() -> None:
     model = make_model()
     wanted = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-    assert sorted(target_modules(model, Lora(4, parts=PARTS))) == sorted(wanted)
-    adapters = {n.split(".lora_A")[0] for n, _ in adapted(PARTS).named_parameters() if ".lora_A" in n}
-    assert adapters == set(wanted)
+    assert target_modules(model, Lora(4, targets="all-linear"), Freeze([])) == wanted
+    for targets in (PARTS, "all-linear"):
+        adapters = {n.split(".lora_A")[0] for n, _ in adapted(targets).named_parameters() if ".lora_A" in n}
+        assert adapters == set(wanted)
+
+
+def test_a_layer_that_all_linear_adapts_no_longer_trains_itself() -> None:
+    model = adapted("all-linear", freeze=BACKBONE)
+    own = {name for name, parameter in model.decoder.named_parameters() if parameter.requires_grad}
+    assert not any(".base_layer." in name for name in own)
+    assert {name for name in own if "lora_" not in name} == {
+        n for n, _ in model.decoder.named_parameters() if "norm" in n
+    }
 
 
 def test_modules_by_name() -> None:
-    names = target_modules(make_model(), Lora(4, parts=["language"], modules=["q_proj", "v_proj"]))
+    lora = Lora(4, targets=["language.q_proj", "language.v_proj"])
+    names = target_modules(make_model(), lora, Freeze(BACKBONE))
     assert {name.rsplit(".", 1)[-1] for name in names} == {"q_proj", "v_proj"}
     assert all(name.startswith("language.") for name in names)
 
@@ -112,7 +130,7 @@ def test_layer_that_starts_anew_gets_no_adapter_and_is_trained() -> None:
     model = make_model()
     model.reinitialized = ("language.state.",)
     freeze_parts(model, Freeze(BACKBONE))
-    assert not any(name.startswith("language.state.") for name in target_modules(model, Lora(4)))
+    assert not any(name.startswith("language.state.") for name in target_modules(model, Lora(4), Freeze(BACKBONE)))
     add_adapter(model, Lora(4), Freeze(BACKBONE))
     assert all(p.requires_grad for p in model.language.state.parameters())
     assert not model.language.norm.weight.requires_grad
@@ -126,17 +144,21 @@ def test_dropout_acts_in_training_alone() -> None:
 
 # ---- freeze and lora: what trains ------------------------------------------------------------------------------------
 
+LANDMARKS = ("language.words", "language.blocks.0")  # of the model above: token embedding and last layer
 TABLE = [
-    # freeze, lora, parts whose own weights train, parts with adapters
+    # freeze, lora, what trains its own weights, parts with adapters
     ("none", [], {"vision", "projector", "language", "decoder"}, set()),
     ("vision", [], {"projector", "language", "decoder"}, set()),
     ("backbone", [], {"decoder"}, set()),
     ("all", [], set(), set()),
+    ("sandwich", [], {"vision", "projector", "decoder", *LANDMARKS}, set()),
+    ("last_layer", [], {"decoder", *LANDMARKS}, set()),
+    ("last_layer", ["lora=r4"], {"decoder", *LANDMARKS}, {"projector", "language"}),
     ("backbone", ["lora=r4"], {"decoder"}, {"projector", "language"}),
-    ("backbone", ["lora=r4", "lora.parts=[vision,language]"], {"decoder"}, {"vision", "language"}),
+    ("backbone", ["lora=r4", "lora.targets=[vision,language]"], {"decoder"}, {"vision", "language"}),
     ("all", ["lora=r4"], set(), {"projector", "language"}),
-    ("all", ["lora=r4", "lora.parts=[language,decoder]"], set(), {"language", "decoder"}),
-    ("vision", ["lora=r4", "lora.parts=[vision]"], {"projector", "language", "decoder"}, {"vision"}),
+    ("all", ["lora=r4", "lora.targets=[language,decoder]"], set(), {"language", "decoder"}),
+    ("vision", ["lora=r4", "lora.targets=[vision]"], {"projector", "language", "decoder"}, {"vision"}),
 ]
 
 
@@ -149,8 +171,11 @@ def test_what_trains(small: list[str], freeze: str, lora: list[str], own: set[st
     parts = built(small, f"freeze={freeze}", *lora)
     for part in PARTS:
         for name, parameter in parts.head.model.part(part).named_parameters():
-            wanted = part in adapters if "lora_" in name else part in own
-            assert parameter.requires_grad == wanted, f"{part}.{name}"
+            whole = f"{part}.{name}"
+            landmark = whole.startswith(LANDMARKS) and own.issuperset(LANDMARKS)
+            assert not (landmark and "lora_" in name), "a layer that trains by itself carries no adapter"
+            wanted = part in adapters if "lora_" in name else part in own or landmark
+            assert parameter.requires_grad == wanted, whole
     with_adapters = {part for part, n in parts.ledger.by_part.items() if n["adapter"] > 0}
     assert with_adapters == adapters
     head = parts.ledger.by_part["head"]
@@ -159,22 +184,45 @@ def test_what_trains(small: list[str], freeze: str, lora: list[str], own: set[st
 
 @pytest.mark.parametrize(
     "pair",
-    [["freeze=none", "lora=r4"], ["freeze=vision", "lora=r4"], ["freeze=backbone", "lora=r4", "lora.parts=[decoder]"]],
+    [
+        ["freeze=none", "lora=r4"],
+        ["freeze=vision", "lora=r4"],
+        ["freeze=backbone", "lora=r4", "lora.targets=[decoder]"],
+    ],
 )
 def test_adapters_on_trained_parts_are_refused(small: list[str], pair: list[str]) -> None:
-    with pytest.raises(UserError, match=r"lora\.parts \[.*\] are not frozen.*freeze=backbone.*or lora=none"):
+    with pytest.raises(UserError, match=r"lora\.targets names '\w+', which is not frozen.*freeze=backbone.*lora=none"):
         built(small, *pair)
 
 
-@pytest.mark.parametrize("key", ["lora", "freeze"])
+@pytest.mark.parametrize("key", ["lora.targets", "freeze.parts"])
 def test_unknown_part_gives_the_nearest(small: list[str], key: str) -> None:
-    with pytest.raises(UserError, match=rf"unknown part 'langage' in {key}\.parts; .*nearest: language"):
-        built(small, "freeze=backbone", "lora=r4", f"{key}.parts=[langage]")
+    with pytest.raises(UserError, match=rf"unknown part 'langage' in {key}; .*nearest: language"):
+        built(small, "freeze=backbone", "lora=r4", f"{key}=[langage]")
 
 
-def test_module_that_is_nowhere_lists_those_that_are() -> None:
-    with pytest.raises(UserError, match=r"lora\.modules=.*qproj.* matches no layer in parts.*'q_proj'"):
-        target_modules(make_model(), Lora(4, modules=["qproj"]))
+def test_layer_that_is_nowhere_lists_those_that_are() -> None:
+    with pytest.raises(UserError, match=r"lora\.targets=language\.qproj matches no layer of the part.*'q_proj'"):
+        target_modules(make_model(), Lora(4, targets=["language.qproj"]), Freeze(BACKBONE))
+
+
+def test_excluded_layers_carry_nothing() -> None:
+    model, freeze = make_model(), Freeze(BACKBONE)
+    names = target_modules(model, Lora(4), freeze)
+    assert target_modules(model, Lora(4, exclude=[names[3]]), freeze) == names[:3] + names[4:]
+    with pytest.raises(
+        UserError, match=r"lora\.exclude names 'language\.summary', .*nearest that do: language\.summary\.2"
+    ):
+        target_modules(model, Lora(4, exclude=["language.summary"]), freeze)
+
+
+def test_model_without_the_named_layers_refuses_the_policy() -> None:
+    model = make_model()
+    model.landmarks = {}
+    with pytest.raises(
+        UserError, match=r"TinyVLA has no layers called 'last_layer' \(freeze\.trainable\); available: none"
+    ):
+        freeze_parts(model, Freeze(["language"], ["last_layer"]))
 
 
 def test_ledger_adds_up(small: list[str]) -> None:

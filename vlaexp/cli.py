@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 from vlaexp.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from omegaconf import DictConfig
 
 VERBS = {
     "record": "record scripted demonstrations of the embedded world as a LeRobotDataset",
+    "plan": "what a training would cost: parameters, memory, time, disk, dead adapters; writes nothing",
     "train": "fine-tune a base model under an action head; policy folders at each milestone",
     "eval": "evaluate a policy in closed loop on a panel of splits",
     "compare": "put evaluated policies side by side: comparison.json",
     "report": "draw a comparison: report.html and report.md",
     "sweep": "run a study: record, train every point, evaluate, compare, report",
     "pretrain": "pretrain the tiny base model by the project's own recipe",
+    "merge": "fold a policy's adapter into stand-alone base weights, and prove that it acts the same",
     "manifest": "show, verify or compare the manifests of policy folders",
 }
 
@@ -62,8 +66,7 @@ def verb_help(verb: str) -> str:
     from vlaexp.paths import config_dir
 
     conf = config_dir()
-    header, _, rest = (conf / f"{verb}.yaml").read_text().partition("\ndefaults:\n")
-    defaults, _, keys = rest.partition("\n\n")
+    header, defaults, keys = _primary(conf / f"{verb}.yaml")
     groups = []
     for group, default in re.findall(r"^  - (\w+): (\w+)", defaults, flags=re.MULTILINE):
         choices = sorted(path.stem for path in (conf / group).glob("*.yaml"))
@@ -78,6 +81,17 @@ def verb_help(verb: str) -> str:
             f"vlaexp {verb} --cfg job shows every key with its value; the files are in {conf}",
         ]
     )
+
+
+def _primary(file: "Path") -> tuple[str, str, str]:
+    """Header, defaults and keys of a verb's file, with those of the verb that it extends."""
+    header, _, rest = file.read_text().partition("\ndefaults:\n")
+    defaults, _, keys = rest.partition("\n\n")
+    for name in re.findall(r"^  - (\w+)$", defaults, flags=re.MULTILINE):
+        if name in VERBS:
+            _, more_defaults, more_keys = _primary(file.with_stem(name))
+            defaults, keys = f"{defaults}\n{more_defaults}", f"{keys}{more_keys}"
+    return header, defaults, keys
 
 
 def _run(verb: str, overrides: list[str]) -> int:

@@ -1,26 +1,36 @@
 """Freeze and adapt: which parts of a base model get gradients of their own, and which carry LoRA adapters.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT. `alpha / rank` is held fixed across ranks, so that a rank sweep
-does not confound rank with scale; `rslora` scales by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732).
+does not confound rank with scale; `rslora` scales by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732);
+`dora` learns magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353). The policies `sandwich` and
+`last_layer` are those that OpenVLA compares with LoRA (arXiv 2406.09246, section 5.3).
 
-| freeze     | lora       | what trains                                      |
-|------------|------------|--------------------------------------------------|
-| `none`     | `none`     | everything: full fine-tuning                     |
-| `vision`   | `none`     | all but the vision part                          |
-| `backbone` | `none`     | decoder and head alone                           |
-| `backbone` | `rN`       | adapters in projector and language, decoder, head |
-| `all`      | `none`     | the head's own layers alone                      |
-| `all`      | `rN`       | adapters (decoder too, if named), head's layers  |
-| `none`     | `rN`       | refused: a part with adapters must be frozen     |
+| freeze       | lora   | what trains                                                               |
+|--------------|--------|---------------------------------------------------------------------------|
+| `none`       | `none` | everything: full fine-tuning                                              |
+| `vision`     | `none` | all but the vision part                                                   |
+| `sandwich`   | `none` | vision, projector, token embedding, last language layer, decoder, head    |
+| `last_layer` | `none` | token embedding, last language layer, decoder, head                       |
+| `last_layer` | `rN`   | the same, and adapters in projector and the other language layers         |
+| `backbone`   | `none` | decoder and head alone                                                    |
+| `backbone`   | `rN`   | adapters in projector and language, decoder, head                         |
+| `all`        | `none` | the head's own layers alone                                               |
+| `all`        | `rN`   | adapters (decoder too, if named), head's layers                           |
+| any          | `rN lora.targets=all-linear` | adapters on every linear and convolutional layer, whose own weights |
+|              |        | then rest (OpenVLA's recipe, with `freeze=all`); besides, what the policy leaves |
+| `none`       | `rN`   | refused: a named part with adapters must be frozen                        |
+
+A layer never trains twice: where it carries an adapter its own weights rest, and a layer that a policy leaves trainable
+inside a frozen part carries none.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from vlaexp.errors import UserError, nearest
@@ -35,90 +45,72 @@ class Lora:
         rank: r; 0 means no adapter.
         alpha_per_rank: alpha / r, the same for every rank.
         dropout: on the adapter's input.
-        parts: which parts of the model carry adapters.
-        modules: `all-linear`, or names of linear layers inside those parts (`q_proj`, `v_proj`, ...).
+        targets: what carries adapters: parts (`language`: its linear and convolutional layers), layers of a part by
+            their last name (`language.q_proj`), or `all-linear` for every such layer of the whole model.
+        exclude: full names of layers to leave out, dead adapters for instance (`vlaexp.ledger.dead_adapters`).
         rslora: scale by alpha / sqrt(r).
+        dora: weight-decomposed adapters.
     """
 
     rank: int
     alpha_per_rank: float = 2.0
     dropout: float = 0.0
-    parts: Sequence[str] = ("projector", "language")
-    modules: str | Sequence[str] = "all-linear"
+    targets: str | Sequence[str] = ("projector", "language")
+    exclude: Sequence[str] = ()
     rslora: bool = False
+    dora: bool = False
 
 
 @dataclass(frozen=True)
 class Freeze:
-    """Parts whose own weights get no gradient."""
+    """What gets no gradient of its own.
+
+    Args:
+        parts: the frozen parts.
+        trainable: what trains inside them all the same, by the model's `landmarks` (`embeddings`, `last_layer`).
+    """
 
     parts: Sequence[str]
+    trainable: Sequence[str] = ()
 
-
-@dataclass(frozen=True)
-class Ledger:
-    """What trains, in numbers; printed before training and kept in the manifest."""
-
-    total: int
-    base: int
-    adapter: int
-    head: int
-    trainable: int
-    by_part: dict[str, dict[str, int]]
-    adapted_modules: tuple[str, ...]
-    scale: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"trainable_share": self.trainable / self.total}
-
-    def lines(self) -> list[str]:
-        """A table to print."""
-        rows = [f"{'part':<12}{'parameters':>14}{'trainable':>14}{'adapter':>12}"]
-        rows += [
-            f"{part:<12}{n['parameters']:>14,}{n['trainable']:>14,}{n['adapter']:>12,}"
-            for part, n in self.by_part.items()
-        ]
-        share = 100 * self.trainable / self.total
-        rows.append(f"{'total':<12}{self.total:>14,}{self.trainable:>14,}{self.adapter:>12,}  trainable {share:.2f}%")
-        if self.adapted_modules:
-            rows.append(f"adapters of scale {self.scale:g} on {len(self.adapted_modules)} modules:")
-            rows.append("  " + " ".join(self.adapted_modules))
-        return rows
+    def __str__(self) -> str:
+        """For tables: `language but embeddings,last_layer`, or `none`."""
+        kept = f" but {','.join(self.trainable)}" if self.trainable else ""
+        return f"{','.join(self.parts)}{kept}" or "none"
 
 
 def freeze_parts(model: BaseModel, freeze: Freeze) -> None:
-    """Take the gradients of the named parts, except of what was started anew because the robot is another."""
+    """Take the gradients of the named parts, except of what stays trainable or was started anew (another robot)."""
     for name in freeze.parts:
         if name not in PARTS:
             raise UserError(f"unknown part {name!r} in freeze.parts; {nearest(name, PARTS)}")
         model.part(name).requires_grad_(False)
+    for name in freeze.trainable:
+        if name not in model.landmarks:
+            raise UserError(
+                f"{type(model).__name__} has no layers called {name!r} (freeze.trainable); "
+                f"{nearest(name, model.landmarks)}"
+            )
+        model.get_submodule(model.landmarks[name]).requires_grad_(True)
     for name, parameter in model.named_parameters():
         if any(name.startswith(prefix) for prefix in model.reinitialized):
             parameter.requires_grad_(True)
 
 
 def add_adapter(model: BaseModel, lora: Lora, freeze: Freeze) -> PeftModel:
-    """Put fresh adapters into `model`, in place; what was trainable stays so.
+    """Put fresh adapters into `model`, in place; what was trainable stays so, save layers that now carry an adapter.
 
     Returns:
         PEFT's wrapper around the same modules, for saving and merging.
     """
-    for name in lora.parts:
-        if name not in PARTS:
-            raise UserError(f"unknown part {name!r} in lora.parts; {nearest(name, PARTS)}")
-    loose = [part for part in lora.parts if part not in freeze.parts]
-    if loose:
-        raise UserError(
-            f"lora.parts {loose} are not frozen, so their adapters would compete with their own weights; "
-            f"use freeze=backbone (or another that freezes them), or lora=none"
-        )
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = _trainable(model)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha_per_rank * lora.rank,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=target_modules(model, lora),
+        target_modules=target_modules(model, lora, freeze),
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
     )
     wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     _restore_trainable(model, trainable)
@@ -127,7 +119,7 @@ def add_adapter(model: BaseModel, lora: Lora, freeze: Freeze) -> PeftModel:
 
 def load_adapter(model: BaseModel, folder: Path, trainable: bool = False) -> PeftModel:
     """Put a saved adapter (PEFT format) into `model`, in place."""
-    keep = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    keep = _trainable(model)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).exists():
             raise UserError(f"adapter folder {folder} lacks {name}; copy the whole policy folder or train again")
@@ -142,60 +134,62 @@ def load_adapter(model: BaseModel, folder: Path, trainable: bool = False) -> Pef
     return wrapped  # type: ignore[return-value]
 
 
+def merge_adapter(model: BaseModel) -> None:
+    """Fold every adapter into the weights of its layer and remove it, in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()  # type: ignore[operator]
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def _restore_trainable(model: nn.Module, names: set[str]) -> None:
-    """PEFT freezes everything but adapters; give back what was trainable before."""
+    """PEFT freezes everything but adapters; give back the rest. Adapted layers are renamed, so they stay frozen."""
     for name, parameter in model.named_parameters():
-        if name in names or name.replace(".base_layer.", ".") in names:
+        if name in names:
             parameter.requires_grad_(True)
 
 
-def target_modules(model: BaseModel, lora: Lora) -> list[str]:
-    """Full names of the linear and convolutional layers that get adapters."""
-    wanted = None if lora.modules == "all-linear" else set(lora.modules)
-    targets, candidates = [], set()
-    for part in lora.parts:
-        for name, module in model.part(part).named_modules(prefix=part):
-            if not isinstance(module, nn.Linear | nn.Conv2d):
-                continue
-            if any(f"{name}.".startswith(prefix) for prefix in model.reinitialized):
-                continue
-            candidates.add(name.rsplit(".", 1)[-1])
-            if wanted is None or name.rsplit(".", 1)[-1] in wanted:
-                targets.append(name)
-    if not targets:
+def target_modules(model: BaseModel, lora: Lora, freeze: Freeze) -> list[str]:
+    """Full names of the linear and convolutional layers that get adapters, in the model's order."""
+    resting = (*model.reinitialized, *(f"{model.landmarks[name]}." for name in freeze.trainable))
+    candidates = [
+        name
+        for part, module in model.parts()
+        for name, layer in module.named_modules(prefix=part)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not f"{name}.".startswith(resting)
+    ]
+    if lora.targets == "all-linear":
+        wanted = set(candidates)
+    else:
+        words = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+        wanted = {name for word in words for name in _named_by(word, candidates, freeze)}
+    for name in lora.exclude:
+        if name not in wanted:
+            close = ", ".join(get_close_matches(name, wanted, n=5)) or "none"  # a large model has hundreds of layers
+            raise UserError(f"lora.exclude names {name!r}, which carries no adapter; nearest that do: {close}")
+    return [name for name in candidates if name in wanted and name not in lora.exclude]
+
+
+def _named_by(word: str, candidates: Sequence[str], freeze: Freeze) -> list[str]:
+    """The layers that one entry of `lora.targets` means."""
+    part, _, layer = word.partition(".")
+    if part not in PARTS:
+        raise UserError(f"unknown part {part!r} in lora.targets; {nearest(part, (*PARTS, 'all-linear'))}")
+    if part not in freeze.parts:
         raise UserError(
-            f"lora.modules={lora.modules} matches no layer in parts {list(lora.parts)}; layers there are called "
-            f"{sorted(candidates)}"
+            f"lora.targets names {part!r}, which is not frozen, so its adapters would compete with its own weights; "
+            f"use freeze=backbone (or another that freezes it), or lora=none"
         )
-    return targets
-
-
-def ledger(model: BaseModel, head_parameters: Sequence[nn.Parameter], lora: Lora) -> Ledger:
-    """Count parameters by part; adapters are PEFT's `lora_` parameters."""
-    by_part = {part: _count(list(module.named_parameters())) for part, module in model.parts()}
-    by_part["head"] = _count([("", parameter) for parameter in head_parameters])
-    adapted = sorted({name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name})
-    scale = None
-    if adapted:
-        alpha = lora.alpha_per_rank * lora.rank
-        scale = alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
-    adapter = sum(n["adapter"] for n in by_part.values())
-    total = sum(n["parameters"] for n in by_part.values())
-    return Ledger(
-        total=total,
-        base=total - adapter - by_part["head"]["parameters"],
-        adapter=adapter,
-        head=by_part["head"]["parameters"],
-        trainable=sum(n["trainable"] for n in by_part.values()),
-        by_part=by_part,
-        adapted_modules=tuple(adapted),
-        scale=scale,
-    )
-
-
-def _count(parameters: Sequence[tuple[str, torch.Tensor]]) -> dict[str, int]:
-    return {
-        "parameters": sum(p.numel() for _, p in parameters),
-        "trainable": sum(p.numel() for _, p in parameters if p.requires_grad),
-        "adapter": sum(p.numel() for name, p in parameters if "lora_" in name),
-    }
+    inside = [name for name in candidates if name.startswith(f"{part}.")]
+    found = [name for name in inside if not layer or name.endswith(f".{layer}")]
+    if not found:
+        raise UserError(
+            f"lora.targets={word} matches no layer of the part {part!r}; layers there are called "
+            f"{sorted({name.rsplit('.', 1)[-1] for name in inside})}"
+        )
+    return found

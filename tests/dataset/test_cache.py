@@ -54,7 +54,7 @@ def test_caches_leave_loss_and_gradients_as_they_are(small, tmp_path):
 ILLEGAL = {
     "images are augmented": ["augmentation=colour_jitter"],
     "the vision part is trained": ["lora=none", "freeze=none"],
-    "the vision part is trained (": ["lora.parts=[vision,language]"],
+    "the vision part is trained (": ["lora.targets=[vision,language]"],
 }
 
 

@@ -40,7 +40,7 @@ def save(parts: Parts, folder: Path) -> Path:
     [
         ["head=flow", "lora=r4"],
         ["head=discrete_token", "lora=none", "freeze=none"],
-        ["head=joint", "lora=r4", "freeze=all", "lora.parts=[language,decoder]"],
+        ["head=joint", "lora=r4", "freeze=all", "lora.targets=[language,decoder]"],
         ["head=regression", "lora=none", "freeze=all"],
     ],
 )

@@ -11,9 +11,10 @@ LoRA targets and attribution are said in those words. There are two ways in, and
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats
+from vlaexp.errors import UserError
 
 MaskKind = Literal["bidirectional", "causal"]
 PARTS = ("vision", "projector", "language", "decoder")
@@ -57,6 +59,9 @@ class BaseModel(nn.Module, ABC):
     supported_heads: tuple[str, ...]
     training_seeds: tuple[tuple[int, int], ...] = ()  # ranges of the episodes that the loaded weights were trained on
     reinitialized: tuple[str, ...] = ()  # prefixes of parameters that the loaded weights did not fit (another robot)
+    # Layers that freeze policies name, as paths: `embeddings` (token embedding) and `last_layer` of the language part.
+    landmarks: Mapping[str, str] = MappingProxyType({})
+    large = False  # `vlaexp plan` then builds it without weights, on the meta device
 
     @abstractmethod
     def prefill(self, observation: Observation) -> Prefix:
@@ -113,3 +118,13 @@ class BaseModel(nn.Module, ABC):
         It holds `decoder.safetensors`, `norm_stats.json` and `action_spec.json`.
         """
         return None
+
+    def save_weights(self, folder: Path, input_stats: NormStats, training_seeds: Sequence[tuple[int, int]]) -> None:
+        """Write the base, as it is now and without its decoder, to a folder that `model.weights=` takes.
+
+        Args:
+            folder: exists; decoders will lie in it as `<head>_<space>`.
+            input_stats: of `state` and what else the base was trained with.
+            training_seeds: ranges of the episodes that these weights have seen.
+        """
+        raise UserError(f"{type(self).__name__} has no form for merged weights; keep the policy folder and its adapter")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlaexp.data_types import Observation
@@ -216,6 +217,7 @@ class TinyVLA(BaseModel):
         num_visual = len(self.cameras) * num_spatial_tokens
         self.language = Language(num_visual, state_dim, goal_dim, width, depth)
         self.decoder = Decoder(self.plan_width, width, decoder_depth)
+        self.landmarks = {"embeddings": "language.words", "last_layer": f"language.blocks.{depth - 1}"}
         if self.weights is not None:
             self.reinitialized = self._load(self.weights, config)
             self.training_seeds = tuple((low, high) for low, high in config["training_seeds"])
@@ -244,6 +246,16 @@ class TinyVLA(BaseModel):
             return None
         folder = self.weights / f"{head}_{space}"
         return folder if folder.is_dir() else None
+
+    def save_weights(self, folder: Path, input_stats: NormStats, training_seeds: Sequence[tuple[int, int]]) -> None:
+        base = {
+            name: value.contiguous() for name, value in self.state_dict().items() if not name.startswith("decoder.")
+        }
+        save_file(base, folder / "base.safetensors")
+        input_stats.save(folder / "norm_stats.json")
+        config = {"width": self.width, "image_size": self.image_size, "cameras": list(self.cameras)}
+        config |= {"state_dim": self.state_dim, "goal_dim": self.goal_dim, "training_seeds": list(training_seeds)}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     def preprocess_images(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]

@@ -2,23 +2,55 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from peft import PeftModel
 
 from vlaexp.action_spec import ActionSpec
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.dataset.targets import goal_dim
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
+from vlaexp.ledger import Ledger, ledger
+from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts
 from vlaexp.model.base import BaseModel
 from vlaexp.model.weights import copy_strictly, read_safetensors
 
 INITS = ("auto", "pretrained", "scratch")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A head on its adapted model, the adapter (PEFT's wrapper, or None), and what trains."""
+
+    head: Head
+    adapter: PeftModel | None
+    ledger: Ledger
+
+
+def build(config: Mapping[str, Any], spec: ActionSpec, state_dim: int, statistics: NormStats) -> Built:
+    """Model, head and adapters of a configuration, ready to train.
+
+    Args:
+        config: resolved configuration.
+        spec: of the action to predict.
+        state_dim: width of the state.
+        statistics: of the training data; used where the weights bring none of their own.
+    """
+    lora: Lora = instantiate(config["lora"], _convert_="all")
+    freeze: Freeze = instantiate(config["freeze"], _convert_="all")
+    torch.manual_seed(config["seed"])  # of fresh adapters
+    model = build_model(config, state_dim, has_goal="goal" in statistics.quantities)
+    head = build_head(config, model, spec, choose_norm_stats(config, model, spec, statistics))
+    freeze_parts(model, freeze)
+    adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
+    own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
+    return Built(head, adapter, ledger(model, own, lora))
 
 
 def build_model(config: Mapping[str, Any], state_dim: int | None, has_goal: bool) -> BaseModel:

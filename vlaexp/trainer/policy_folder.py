@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.utils import instantiate
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -19,7 +20,7 @@ from vlaexp.action_spec import ActionSpec
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
-from vlaexp.lora import Freeze, freeze_parts, load_adapter
+from vlaexp.lora import freeze_parts, load_adapter
 from vlaexp.manifest import hash_folder, read, verify, write
 from vlaexp.model.weights import copy_strictly, read_safetensors
 from vlaexp.trainer.build import build_head, build_model
@@ -74,7 +75,7 @@ def load_policy(folder: Path | str) -> Head:
             "base: use the same weights (model.weights) or the same vlaexp version"
         )
     head = build_head(config, model, spec, norm_stats)
-    freeze_parts(model, Freeze(config["freeze"]["parts"]))
+    freeze_parts(model, instantiate(config["freeze"], _convert_="all"))
     if (folder / "adapter").is_dir():
         load_adapter(model, folder / "adapter")
     elif config["lora"]["rank"] > 0:

@@ -31,7 +31,7 @@ def load_demonstrations(cfg: DictConfig) -> Demonstrations:
 def feature_cache_obstacle(config: Mapping[str, Any], model: BaseModel) -> str | None:
     """Why vision features may not be cached, or None where it is legal."""
     if any(parameter.requires_grad for parameter in model.part("vision").parameters()):
-        return "the vision part is trained (freeze= leaves it trainable, or lora.parts contains it)"
+        return "the vision part is trained (freeze= leaves it trainable, or lora.targets contains it)"
     if config["augmentation"]:
         return "images are augmented (set augmentation=none)"
     if model.n_obs_steps != 1:

@@ -68,8 +68,10 @@ def describe(record: Mapping[str, Any]) -> dict[str, Any]:
         "head": record["head"],
         "decoder": DECODERS.get(record["head"], record["head"]),
         "action_space": record["action_spec"]["space"],
-        "lora": f"r{config['lora']['rank']}" if config["lora"]["rank"] else "none",
-        "freeze": ",".join(record["freeze"]) or "none",
+        "lora": f"{'dora ' if config['lora'].get('dora') else ''}r{config['lora']['rank']}"
+        if config["lora"]["rank"]
+        else "none",
+        "freeze": str(instantiate(config["freeze"], _convert_="all")),
         "dataset": record["dataset"]["name"],
         "dataset_content": record["dataset"]["content"],
         "seed": record["seed"],
@@ -102,9 +104,13 @@ def from_folder(folder: Path, n_action_steps: int | None = None) -> NamedPolicy:
 
 def trained(cfg: DictConfig, path: str, n_action_steps: int | None) -> NamedPolicy:
     """`policy=trained`: a policy folder, or the last milestone of a run folder."""
-    folder = Path(path)
+    return from_folder(last_milestone(Path(path)), n_action_steps)
+
+
+def last_milestone(folder: Path) -> Path:
+    """The last policy folder of a run folder; anything else as it is."""
     milestones = sorted((folder / "milestones").glob("step_??????")) if folder.is_dir() else []
-    return from_folder(milestones[-1] if milestones else folder, n_action_steps)
+    return milestones[-1] if milestones else folder
 
 
 def base(cfg: DictConfig) -> NamedPolicy:

@@ -22,9 +22,11 @@ from vlaexp.dataset.demonstrations import Demonstrations
 from vlaexp.errors import UserError
 from vlaexp.eval.offline import held_out_error
 from vlaexp.head.base import Head
-from vlaexp.lora import Freeze, Ledger, Lora, add_adapter, freeze_parts, ledger
-from vlaexp.trainer.build import build_head, build_model, choose_norm_stats, head_name, pretrained_decoder
+from vlaexp.ledger import Ledger
+from vlaexp.trainer.build import build as build_policy
+from vlaexp.trainer.build import head_name, pretrained_decoder
 from vlaexp.trainer.callbacks import CHECKPOINT, checkpoint_step
+from vlaexp.trainer.dry_run import find_dead_adapters
 from vlaexp.trainer.fit import Fit, fit, val_loader
 from vlaexp.trainer.policy_folder import save_policy
 from vlaexp.trainer.tracking import RunLog, flat_params
@@ -51,7 +53,6 @@ class Parts:
     head: Head
     adapter: Any
     ledger: Ledger
-    lora: Lora
     settings: Fit
     run: Path
     identity: str
@@ -61,36 +62,28 @@ def build(cfg: DictConfig) -> Parts:
     """Dataset, model, adapter and head of a configuration, and the folder that the run belongs to."""
     config = resolved(cfg)
     settings: Fit = instantiate(cfg.trainer)
-    lora: Lora = instantiate(cfg.lora)
-    freeze: Freeze = instantiate(cfg.freeze)
     demos = load_demonstrations(cfg)
     assign_cameras(demos, config["model"]["cameras"], guess=config["dataset"]["cameras"] == "auto")
-    torch.manual_seed(config["seed"])  # of fresh adapters
     statistics = demos.statistics()
-    model = build_model(config, demos.state_dim, has_goal="goal" in statistics.quantities)
-    norm_stats = choose_norm_stats(config, model, demos.spec, statistics)
     if "goal" not in statistics.quantities and config["head"].get("goal_weight", 0) > 0:
         print("the dataset has no tool targets, so the auxiliary goal loss is off", file=sys.stderr)
         config["head"]["goal_weight"] = 0.0
-    head = build_head(config, model, demos.spec, norm_stats)
-    freeze_parts(model, freeze)
-    adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
-    own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
+    built = build_policy(config, demos.spec, demos.state_dim, statistics)
+    head = built.head
     content = {
         "dataset": demos.content_hash(),
         "split": json.dumps([demos.split.train, demos.split.val]),
         "action_spec": json.dumps(demos.spec.to_dict(), sort_keys=True),
-        "base": model.weights_fingerprint(),
-        "norm_stats": norm_stats.content_hash(),
+        "base": head.model.weights_fingerprint(),
+        "norm_stats": head.norm_stats.content_hash(),
     }
     identity = run_id(config, content)
     return Parts(
         config=config,
         demos=demos,
         head=head,
-        adapter=adapter,
-        ledger=ledger(model, own, lora),
-        lora=lora,
+        adapter=built.adapter,
+        ledger=built.ledger,
         settings=settings,
         run=Path(cfg.outputs) / "runs" / f"{cfg.name}-{identity}",
         identity=identity,
@@ -140,7 +133,7 @@ def _train_locked(cfg: DictConfig, parts: Parts) -> TrainResult:
 
     def milestone(step: int) -> None:
         if step in folders:
-            record = make_manifest(parts, data, step, time.perf_counter() - began)
+            record = make_manifest(parts, data, step, step - done, time.perf_counter() - began)
             save_policy(folders[step], head, parts.adapter, parts.config, record)
 
     status = "failed"
@@ -220,8 +213,8 @@ def _tags(cfg: DictConfig, parts: Parts) -> dict[str, str]:
     return tags
 
 
-def make_manifest(parts: Parts, data: ChunkDataset, step: int, seconds: float) -> dict[str, Any]:
-    """What the policy at `step` is, for another lab."""
+def make_manifest(parts: Parts, data: ChunkDataset, step: int, steps: int, seconds: float) -> dict[str, Any]:
+    """What the policy at `step` is, for another lab; the last `steps` of it took this process `seconds`."""
     demos, head, config = parts.demos, parts.head, parts.config
     recorded = demos.card.recorded
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_memory()
@@ -243,7 +236,7 @@ def make_manifest(parts: Parts, data: ChunkDataset, step: int, seconds: float) -
         "action_horizon": head.action_horizon,
         "n_action_steps": head.n_action_steps,
         "n_obs_steps": head.n_obs_steps,
-        "adaptation": parts.ledger.to_dict(),
+        "adaptation": parts.ledger.to_dict() | {"dead_adapters": find_dead_adapters(head, parts.settings.precision)},
         "freeze": config["freeze"]["parts"],
         "embodiment": demos.card.embodiment,
         "cameras": {name: demos.cameras[name] for name in head.model.cameras},
@@ -262,7 +255,13 @@ def make_manifest(parts: Parts, data: ChunkDataset, step: int, seconds: float) -
         "norm_stats": {"source": head.norm_stats.source, "content": head.norm_stats.content_hash()},
         "seed": config["seed"],
         "config": config,
-        "runtime": {"seconds": round(seconds, 1), "peak_memory_mb": round(peak / 1e6, 1), "frames": len(data)},
+        "runtime": {
+            "seconds": round(seconds, 1),
+            "steps": steps,
+            "batch_size": parts.settings.batch_size,
+            "peak_memory_mb": round(peak / 1e6, 1),
+            "frames": len(data),
+        },
         **manifest.surroundings(),
     }
 

@@ -15,12 +15,14 @@ def run(verb: str, cfg: DictConfig) -> None:
     """Run a verb of the command line."""
     actions: dict[str, Callable[[DictConfig], None]] = {
         "record": _record,
+        "plan": _plan,
         "train": _train,
         "eval": _eval,
         "compare": _compare,
         "report": _report,
         "sweep": _sweep,
         "pretrain": _pretrain,
+        "merge": _merge,
         "manifest": _manifest,
     }
     actions[verb](cfg)
@@ -34,6 +36,14 @@ def _record(cfg: DictConfig) -> None:
         f"{made['episodes']} demonstrations ({made['frames']} frames, {made['expert_failures']} seeds skipped) in "
         f"{made['seconds']} s: {made['episodes_per_s']} episodes/s\nmade {made['root']}"
     )
+
+
+def _plan(cfg: DictConfig) -> None:
+    from vlaexp.workflow.plan import plan
+    from vlaexp.workflow.plan_text import plan_lines
+
+    found = plan(cfg)
+    _end(cfg, found, "\n".join(plan_lines(found)), [])
 
 
 def _train(cfg: DictConfig) -> None:
@@ -94,6 +104,18 @@ def _pretrain(cfg: DictConfig) -> None:
 
     folder = pretrain(cfg)
     print(f"{(folder / 'README.md').read_text()}\nmade {folder}; use it with model.weights={folder}")
+
+
+def _merge(cfg: DictConfig) -> None:
+    from vlaexp.workflow.merge import merge
+
+    folder, proof = merge(cfg)
+    text = (
+        f"actions before and after agree: largest difference {proof['largest_difference']:.1e} of their scale on "
+        f"{proof['observations']} observations (tolerance in {proof['dtype']}: {proof['tolerance']:.0e})\n"
+        f"use it with model.weights={folder}"
+    )
+    _end(cfg, {"folder": str(folder), **proof}, text, [folder])
 
 
 def _manifest(cfg: DictConfig) -> None:

@@ -1,0 +1,201 @@
+"""The plan of a training against the training: parameters, memory by part, adapters, time, disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlaexp import cli, manifest
+from vlaexp.config import compose, resolved
+from vlaexp.errors import UserError
+from vlaexp.model.tiny import TinyVLA
+from vlaexp.model.weights import read_safetensors
+from vlaexp.trainer.build import build as build_policy
+from vlaexp.trainer.dry_run import activation_bytes, bytes_of, find_dead_adapters, optimizer_bytes_per_weight_byte
+from vlaexp.trainer.policy_folder import FILES
+from vlaexp.workflow.data import training_frames
+from vlaexp.workflow.plan import GIB, plan
+from vlaexp.workflow.rules_of_thumb import DEMONSTRATIONS, GPUS, Gpu
+from vlaexp.workflow.train import build, train
+
+TINY = ["model.image_size=16", "model.width=32", "model.depth=1", "model.decoder_depth=1", "action_horizon=6"]
+HEADS = ["joint", "ee_delta", "discrete_token", "flow"]
+
+
+def planned(*overrides: str) -> dict:
+    return plan(compose("plan", list(overrides)))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_plan_is_of_the_training_that_follows(small: list[str], head: str) -> None:
+    overrides = [*small, *TINY, f"head={head}", "lora=r4", "name=plan"]
+    found, parts = planned(*overrides), build(compose("train", overrides))
+    book = parts.ledger
+    assert found["parameters"] == {
+        "total": book.total,
+        "base": book.base,
+        "adapter": book.adapter,
+        "trainable": book.trainable,
+    }
+    assert (found["adapted_modules"], found["scale"]) == (len(book.adapted_modules), 2.0)
+    assert found["dead_adapters"] == []
+    assert found["shapes_from"].startswith("dataset ")
+    assert found["demonstrations"]["at_hand"] == 8
+    assert found["demonstrations"]["enough"] is False
+
+
+def test_memory_adds_up_in_float32(small: list[str]) -> None:
+    found, overrides = planned(*small, *TINY, "lora=r4", "name=plan"), [*small, *TINY, "lora=r4", "name=plan"]
+    count, memory = found["parameters"], {name: size * GIB for name, size in found["memory_gib"].items()}
+    head = build(compose("train", overrides)).head
+    assert memory["weights"] == 4 * (count["total"] - count["adapter"]) + bytes_of(list(head.buffers()))
+    assert memory["adapters"] == 4 * count["adapter"]
+    assert memory["gradients"] == 4 * count["trainable"]
+    assert memory["optimizer"] == 8 * count["trainable"]  # AdamW: two moments
+    assert memory["total"] == pytest.approx(sum(size for name, size in memory.items() if name != "total"))
+
+
+def test_optimizers_without_moments_need_nothing() -> None:
+    sgd, momentum = (lambda groups, m=m: torch.optim.SGD(groups, lr=0.1, momentum=m) for m in (0.0, 0.9))
+    assert optimizer_bytes_per_weight_byte(sgd) == 0
+    assert optimizer_bytes_per_weight_byte(momentum) == 1
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_activations_are_those_of_a_real_step(small: list[str], head: str, precision: str) -> None:
+    """Saved tensors of a loss on recorded data, under real autocast, counted here by other means."""
+    overrides = [*small, *TINY, "augmentation=none", f"head={head}", "lora=r4", "name=plan", "cache.mode=none"]
+    parts = build(compose("train", overrides))
+    frames, cached = training_frames(parts.config, parts.demos, parts.head.model, Path("unused"))
+    batch = parts.demos.chunks(parts.demos.split.train, frames, 1, cached).__getitems__(range(32))
+    own = {parameter.data_ptr() for parameter in parts.head.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    parts.head.train()
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        loss, _ = parts.head.compute_loss(batch)
+    real = sum(tensor.untyped_storage().nbytes() for pointer, tensor in saved.items() if pointer not in own)
+    loss.backward()
+    assert activation_bytes(parts.head, 32, precision) == pytest.approx(real, rel=0.02)
+
+
+def test_activations_grow_with_the_batch(small: list[str]) -> None:
+    head = build(compose("train", [*small, *TINY, "lora=r4", "name=plan"])).head
+    four, eight, sixteen = (activation_bytes(head, size) for size in (4, 8, 16))
+    assert sixteen - eight == 2 * (eight - four) > 0
+
+
+def test_a_model_without_numbers_gives_the_same_plan(small: list[str]) -> None:
+    """What `large` models are planned with: the meta device."""
+    parts = build(compose("train", [*small, *TINY, "lora=r4", "head=linear", "lora.targets=all-linear", "name=plan"]))
+    statistics = parts.demos.statistics()
+    with torch.device("meta"):
+        built = build_policy(parts.config, parts.demos.spec, parts.demos.state_dim, statistics)
+    assert all(parameter.is_meta for parameter in built.head.parameters())
+    assert built.ledger == parts.ledger
+    assert find_dead_adapters(built.head) == find_dead_adapters(parts.head) != []
+    for precision in ("32-true", "bf16-mixed"):
+        # attention on the meta device keeps other intermediate results than the CPU's fused one
+        here, meta = (activation_bytes(head, 8, precision) for head in (parts.head, built.head))
+        assert meta == pytest.approx(here, rel=0.15), precision
+
+
+def test_large_models_are_built_without_weights(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [*small, *TINY, "lora=r4", "name=plan"]
+    real = planned(*overrides)
+    monkeypatch.setattr(TinyVLA, "large", True)
+    meta = planned(*overrides, "model.weights=/nowhere")
+    assert (real["built_on"], meta["built_on"]) == ("cpu", "meta")
+    for key in ("parameters", "adapted_modules", "dead_adapters", "scale", "disk_gib"):
+        assert meta[key] == real[key], key
+
+
+def test_without_a_dataset_the_environment_gives_the_shapes(tmp_path: Path) -> None:
+    found = planned(f"outputs={tmp_path}", "trainer=cpu")
+    assert found["shapes_from"].startswith("environment vlaexp.env.tabletop.TabletopEnv (dataset: ")
+    assert found["demonstrations"] == {
+        "at_hand": None,
+        "transfer": "the same robot and task",
+        "usual": [50, 100],
+        "enough": None,
+    }
+    assert found["time"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_time_and_disk_are_those_of_a_run(small: list[str], outputs: Path) -> None:
+    overrides = [*small, *TINY, "lora=r4", "name=plan"]
+    assert planned(*overrides)["time"] is None
+    folder = train(compose("train", overrides)).milestones[4]
+    record = manifest.read(folder)
+    found = planned(*overrides, "trainer.max_steps=7200")
+    assert found["time"]["measured_in"] == record["run"]
+    assert found["time"]["hours"] == pytest.approx(2 * record["runtime"]["seconds"] / 4)
+    for other in ("trainer.batch_size=4", "lora=r8", "head=joint", "gpu=rtx4090"):
+        assert planned(*overrides, other)["time"] is None, other
+    tensors = [folder / "head.safetensors", folder / "adapter" / "adapter_model.safetensors"]
+    size = bytes_of([tensor for file in tensors for tensor in read_safetensors(file).values()])
+    assert found["disk_gib"]["milestone"] * GIB == size
+    checkpoint = folder.parents[1] / "checkpoint.ckpt"
+    assert found["disk_gib"]["checkpoint"] * GIB == pytest.approx(checkpoint.stat().st_size, rel=0.3)
+    assert {file.name for file in folder.iterdir()} >= set(FILES)
+
+
+def test_verdict() -> None:
+    assert Gpu("any", 24).verdict(20.9)["fits"]
+    assert not Gpu("any", 24).verdict(21.0)["fits"]
+    assert all(4 <= gpu.memory_gib <= 192 for gpu in GPUS.values())
+
+
+def test_mistakes_give_the_nearest(small: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown gpu=rtx409; available: .*; nearest: rtx4090; or leave it out"):
+        planned(*small, "gpu=rtx409")
+    with pytest.raises(UserError, match=r"unknown transfer=new_arms; available: .*; nearest: new_arm"):
+        planned(*small, "transfer=new_arms")
+    with pytest.raises(
+        UserError, match=r"is not here, and env= has no action space 'native'; available: ee_delta, joint"
+    ):
+        planned(f"outputs={tmp_path / 'none'}", "head=regression")
+    nothing = compose("plan", ["name=plan"])
+    nothing.dataset = nothing.env = None
+    with pytest.raises(UserError, match=r"dataset: none, and env=null; set env="):
+        plan(nothing)
+
+
+def test_the_rules_are_those_of_the_field() -> None:
+    ranges = [(usual.least, usual.most) for usual in DEMONSTRATIONS.values()]
+    assert ranges == [(50, 100), (100, 300), (200, 500), (1000, None)]
+
+
+def test_at_the_command_line(capsys, small: list[str], outputs: Path) -> None:
+    before = sorted(outputs.rglob("*"))
+    command = ["plan", *small, *TINY, "head=linear", "lora=r4", "lora.targets=all-linear", "gpu=rtx4090", "name=plan"]
+    assert cli.main([*command, "format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found)[:5] == ["parameters", "adapted_modules", "dead_adapters", "scale", "memory_gib"]
+    assert list(found["parameters"]) == ["total", "base", "adapter", "trainable"]
+    assert list(found["memory_gib"]) == ["weights", "adapters", "gradients", "optimizer", "activations", "total"]
+    assert cli.main(command) == 0
+    text = capsys.readouterr().out
+    assert f"dead: {len(found['dead_adapters'])} of them reach neither the loss nor the actions" in text
+    assert "\nfits on RTX 4090: needs about 1.0 of 24 GiB" in text
+    assert "demonstrations: 8 at hand (too few); the same robot and task usually takes 50 to 100" in text
+    assert "trainer.max_steps=20 measures" in text
+    offer = found["leave_out"].strip("'")
+    assert cli.main([*command, offer, "format=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dead_adapters"] == []
+    assert sorted(outputs.rglob("*")) == before
+
+
+def test_plan_takes_what_train_takes() -> None:
+    train_, plan_ = resolved(compose("train")), resolved(compose("plan"))
+    assert {key: value for key, value in plan_.items() if key not in ("gpu", "transfer")} == train_

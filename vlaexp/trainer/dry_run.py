@@ -1,0 +1,144 @@
+"""Training steps without data: on made-up observations, to find what a step keeps in memory and what it reaches.
+
+Works on real devices and on the meta device, where tensors have shapes but no numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from vlaexp.data_types import Batch, Observation
+from vlaexp.head.base import Head, OptimizerFactory
+from vlaexp.ledger import dead_adapters
+
+IMAGE_SIZE = 224  # pixels; models resize to their own size
+INSTRUCTIONS = ("pick up the red cube", "put the block in the box and close the drawer")
+
+
+def made_up_batch(head: Head, batch_size: int, seed: int = 0) -> Batch:
+    """Random images, and states, actions and goals as the norm stats have them, on the head's device."""
+    device = next(head.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch_size, *shape, generator=generator).to(device)
+
+    pixels = (batch_size, head.n_obs_steps, 3, IMAGE_SIZE, IMAGE_SIZE)
+    images = {
+        camera: torch.randint(0, 256, pixels, generator=generator, dtype=torch.uint8) for camera in head.model.cameras
+    }
+    state = head.state_norm.unnormalize(normal(head.n_obs_steps, head.state_norm.centre.shape[-1]))
+    words = [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(batch_size)]
+    goal = head.goal_norm
+    return Batch(
+        observation=Observation(images, state, words).to(device),
+        action=head.action_norm.unnormalize(normal(head.action_horizon, head.spec.dim)),
+        action_is_pad=torch.zeros(batch_size, head.action_horizon, dtype=torch.bool, device=device),
+        targets={} if goal is None else {"goal": goal.unnormalize(normal(goal.centre.shape[-1]))},
+    )
+
+
+class MetaAutocast(TorchFunctionMode):
+    """Autocast for the meta device, which torch has none for: products run in `dtype`."""
+
+    PRODUCTS = (
+        F.linear,
+        F.conv2d,
+        F.scaled_dot_product_attention,
+        torch.matmul,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        torch.bmm,
+    )
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.PRODUCTS:
+            args, kwargs = tree_map(self._cast, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self._dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """What Lightning puts around a training step under this `trainer.precision`."""
+    if not precision.endswith("-mixed"):
+        return nullcontext()
+    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+    return MetaAutocast(dtype) if device.type == "meta" else torch.autocast(device.type, dtype)
+
+
+def training_loss(head: Head, batch: Batch, precision: str = "32-true") -> Tensor:
+    """The loss of a training step; the same number at every call."""
+    device = batch.action.device
+    rng_devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=rng_devices), autocast(device, precision), _modes_kept(head):
+        torch.manual_seed(0)
+        loss, _ = head.train().compute_loss(batch)
+    return loss
+
+
+@contextmanager
+def _modes_kept(head: Head) -> Iterator[None]:
+    """Give every module its training or evaluation mode back; a frozen one may differ from the head's."""
+    modes = {module: module.training for module in head.modules()}
+    yield
+    for module, training in modes.items():
+        module.training = training
+
+
+def find_dead_adapters(head: Head, precision: str = "32-true") -> list[str]:
+    """`dead_adapters` of a head's model, on two made-up observations."""
+    batch = made_up_batch(head, 2)
+
+    def actions() -> Tensor:
+        with _modes_kept(head):
+            return head.eval().predict_action(batch.observation).action
+
+    return dead_adapters(head.model, lambda: training_loss(head, batch, precision), actions)
+
+
+def activation_bytes(head: Head, batch_size: int, precision: str = "32-true") -> int:
+    """Bytes that the forward pass of one training step keeps for the backward pass.
+
+    The storages of all tensors that autograd saves, each counted once, without weights and buffers. Not in it:
+    temporary buffers, and the inputs of blocks that gradient checkpointing runs again.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*head.parameters(), *head.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that an address stays one storage's own
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    batch = made_up_batch(head, batch_size)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        training_loss(head, batch, precision)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def optimizer_bytes_per_weight_byte(optimizer: OptimizerFactory) -> float:
+    """Bytes of optimizer state for each byte of trained weights, from one step on a small parameter (AdamW: 2)."""
+    parameter = nn.Parameter(torch.zeros(1024))
+    parameter.grad = torch.zeros(1024)
+    made = optimizer([{"params": [parameter]}])
+    made.step()
+    state = [value for value in made.state[parameter].values() if isinstance(value, Tensor) and value.numel() > 1]
+    return bytes_of(state) / bytes_of([parameter])
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Memory of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

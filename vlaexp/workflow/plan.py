@@ -1,0 +1,178 @@
+"""`vlaexp plan`: what a training would cost and whether it can work, before it starts. Writes nothing.
+
+The model is built as `vlaexp train` would build it; a large one without weights, on the meta device. Where the dataset
+is not there yet, the sizes of state and action are those of `env=`.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+
+from vlaexp import manifest
+from vlaexp.action_spec import ActionSpec
+from vlaexp.config import resolved
+from vlaexp.dataset.normalize import NormStats, Statistics
+from vlaexp.dataset.targets import goal_dim, goal_units
+from vlaexp.errors import UserError, nearest
+from vlaexp.head.tool_error import KINEMATICS
+from vlaexp.ledger import Ledger
+from vlaexp.trainer.build import Built, build
+from vlaexp.trainer.dry_run import activation_bytes, bytes_of, find_dead_adapters, optimizer_bytes_per_weight_byte
+from vlaexp.trainer.fit import Fit
+from vlaexp.workflow.data import load_demonstrations
+from vlaexp.workflow.rules_of_thumb import Gpu, find_gpu, usual_demonstrations
+from vlaexp.workflow.train import assign_cameras
+
+GIB = 2**30
+HOUR = 3600  # s
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the model and head have to be built for, and where that was found."""
+
+    spec: ActionSpec
+    state_dim: int
+    statistics: NormStats
+    episodes: int | None
+    source: str
+
+
+def plan(cfg: DictConfig) -> dict[str, Any]:
+    """Cost of the training that `vlaexp train` would run with the same groups; plain data."""
+    settings: Fit = instantiate(cfg.trainer)
+    config = resolved(cfg)
+    gpu = None if cfg.gpu is None else find_gpu(cfg.gpu)
+    usual = usual_demonstrations(cfg.transfer)
+    shapes = _shapes(cfg)
+    if "goal" not in shapes.statistics.quantities:
+        config["head"]["goal_weight"] = 0.0
+    built, device = _build(config, shapes)
+    memory = {name: size / GIB for name, size in memory_bytes(built, config, settings).items()}
+    memory["total"] = sum(memory.values())
+    dead = find_dead_adapters(built.head)
+    return {
+        "parameters": _parameters(built.ledger),
+        "adapted_modules": len(built.ledger.adapted_modules),
+        "dead_adapters": dead,
+        "scale": built.ledger.scale,
+        "memory_gib": memory,
+        "by_part": built.ledger.by_part,
+        "trainable_share": built.ledger.trainable / built.ledger.total,
+        "leave_out": f"'lora.exclude=[{','.join(dead)}]'" if dead else None,
+        "time": expected_time(Path(cfg.outputs), config, settings, gpu),
+        "disk_gib": _disk(built, settings, memory),
+        "demonstrations": usual.beside(shapes.episodes),
+        "verdict": None if gpu is None else gpu.verdict(memory["total"]),
+        "batch_size": settings.batch_size,
+        "built_on": device,
+        "shapes_from": shapes.source,
+    }
+
+
+def _build(config: dict[str, Any], shapes: Shapes) -> tuple[Built, str]:
+    large = get_class(config["model"]["_target_"]).large
+    if large:
+        config["model"]["weights"] = None
+    with torch.device("meta") if large else nullcontext():
+        built = build(config, shapes.spec, shapes.state_dim, shapes.statistics)
+    return built, "meta" if large else "cpu"
+
+
+def _shapes(cfg: DictConfig) -> Shapes:
+    """From the dataset where it lies on this machine, otherwise from the environment."""
+    if cfg.dataset is not None and cfg.dataset.root is not None and Path(cfg.dataset.root).exists():
+        demos = load_demonstrations(cfg)
+        assign_cameras(demos, list(cfg.model.cameras), guess=cfg.dataset.cameras == "auto")
+        episodes = len(demos.split.train) + len(demos.split.val)
+        return Shapes(demos.spec, demos.state_dim, demos.statistics(), episodes, f"dataset {demos.root}")
+    wanted = "none" if cfg.dataset is None else f"{cfg.dataset.root or cfg.dataset.repo_id} is not here"
+    if cfg.env is None:
+        raise UserError(f"dataset: {wanted}, and env=null; set env= to plan with its state and actions, or dataset=")
+    env = instantiate(cfg.env, _convert_="all")
+    try:
+        space, reference = cfg.action_space.space, cfg.action_space.reference
+        if space not in env.action_specs:
+            raise UserError(
+                f"dataset: {wanted}, and env= has no action space {space!r}; {nearest(space, env.action_specs)}; "
+                "set action_space= to one of those, or dataset.root= to an existing dataset"
+            )
+        spec, state_dim = env.action_specs[space], len(env.state_names)
+    finally:
+        env.close()
+    spec = replace(spec, reference=reference)
+    unit = _unit_statistics(spec, state_dim, cfg.action_horizon)
+    return Shapes(spec, state_dim, unit, None, f"environment {cfg.env._target_} (dataset: {wanted})")
+
+
+def _unit_statistics(spec: ActionSpec, state_dim: int, horizon: int) -> NormStats:
+    def unit(*shape: int) -> Statistics:
+        zero, one = np.zeros(shape), np.ones(shape)
+        return Statistics("mean_std", zero, one, -one, one, -2 * one, 2 * one)
+
+    quantities = {"state": unit(state_dim), "action": unit(horizon, spec.dim)}
+    units = {"action": spec.units}
+    if spec.embodiment in KINEMATICS:  # the recorder can then label goals
+        quantities["goal"], units["goal"] = unit(goal_dim(horizon)), goal_units(horizon)
+    return NormStats(quantities, units, "unit statistics")
+
+
+def _parameters(ledger: Ledger) -> dict[str, int]:
+    return {"total": ledger.total, "base": ledger.base, "adapter": ledger.adapter, "trainable": ledger.trainable}
+
+
+def memory_bytes(built: Built, config: Mapping[str, Any], settings: Fit) -> dict[str, float]:
+    """Bytes on the training device, by what they hold: one step of `batch_size` samples without gradient accumulation.
+
+    Gradients are as large as what trains; the optimizer's state and the activations are measured (`dry_run`).
+    """
+    named = list(built.head.named_parameters())
+    trained = bytes_of([parameter for _, parameter in named if parameter.requires_grad])
+    return {
+        "weights": bytes_of([p for name, p in named if "lora_" not in name]) + bytes_of(list(built.head.buffers())),
+        "adapters": bytes_of([parameter for name, parameter in named if "lora_" in name]),
+        "gradients": trained,
+        "optimizer": trained * optimizer_bytes_per_weight_byte(instantiate(config["optimizer"])),
+        "activations": activation_bytes(built.head, settings.batch_size, settings.precision),
+    }
+
+
+def _disk(built: Built, settings: Fit, memory: Mapping[str, float]) -> dict[str, float]:
+    """A milestone holds adapters and the head's tensors; the one resume checkpoint what trains, and the optimizer."""
+    milestone = memory["adapters"] + bytes_of(list(built.head.own_tensors().values())) / GIB
+    count = len({*settings.milestones, settings.max_steps})
+    checkpoint = memory["gradients"] + memory["optimizer"]
+    disk = {"milestone": milestone, "milestones": count * milestone, "checkpoint": checkpoint}
+    return disk | {"total": disk["milestones"] + checkpoint}
+
+
+def expected_time(outputs: Path, config: Mapping[str, Any], settings: Fit, gpu: Gpu | None) -> dict[str, Any] | None:
+    """Hours for `max_steps`, from the newest run of the same model, head, adapters and batch on the same device."""
+    device = manifest.surroundings()["device"] if gpu is None else gpu.name
+    paths = outputs.glob(f"runs/*/milestones/*/{manifest.MANIFEST_FILE}")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        record = manifest.read(path.parent)
+        runtime = record["runtime"]
+        if device in record["device"] and runtime.get("steps") and _work(record["config"]) == _work(config):
+            per_step = runtime["seconds"] / runtime["steps"]
+            return {
+                "hours": settings.max_steps * per_step / HOUR,
+                "seconds_per_step": per_step,
+                "measured_in": record["run"],
+            }
+    return None
+
+
+def _work(config: Mapping[str, Any]) -> list[Any]:
+    """What decides how long a step takes, beside the device."""
+    model = {key: value for key, value in config["model"].items() if key != "weights"}
+    keys = ("batch_size", "precision", "accumulate_grad_batches", "devices", "num_threads")
+    trainer = [config["trainer"].get(key) for key in keys]
+    return [model, config["head"], config["lora"], config["freeze"], config["action_horizon"], trainer]
