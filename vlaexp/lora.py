@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlaexp.errors import UserError, nearest
 from vlaexp.model.base import PARTS, BaseModel
@@ -91,8 +92,9 @@ def freeze_parts(model: BaseModel, freeze: Freeze) -> None:
     for name in freeze.parts:
         if name not in PARTS:
             raise UserError(f"unknown part {name!r} in freeze.parts; {nearest(name, PARTS)}")
-        model.part(name).requires_grad_(False)
     for name, parameter in model.named_parameters():
+        if model.part_of(name) in freeze.parts:
+            parameter.requires_grad_(False)
         if any(name.startswith(prefix) for prefix in model.reinitialized):
             parameter.requires_grad_(True)
 
@@ -154,9 +156,11 @@ def target_modules(model: BaseModel, lora: Lora) -> list[str]:
     wanted = None if lora.modules == "all-linear" else set(lora.modules)
     targets, candidates = [], set()
     for part in lora.parts:
-        for name, module in model.part(part).named_modules(prefix=part):
-            if not isinstance(module, nn.Linear | nn.Conv2d):
+        for name, module in model.named_modules():
+            if model.part_of(name) != part or not isinstance(module, nn.Linear | nn.Conv2d):
                 continue
+            if isinstance(module, NonDynamicallyQuantizableLinear):
+                continue  # nn.MultiheadAttention reads its weight directly, past any adapter
             if any(f"{name}.".startswith(prefix) for prefix in model.reinitialized):
                 continue
             candidates.add(name.rsplit(".", 1)[-1])
@@ -172,7 +176,8 @@ def target_modules(model: BaseModel, lora: Lora) -> list[str]:
 
 def ledger(model: BaseModel, head_parameters: Sequence[nn.Parameter], lora: Lora) -> Ledger:
     """Count parameters by part; adapters are PEFT's `lora_` parameters."""
-    by_part = {part: _count(list(module.named_parameters())) for part, module in model.parts()}
+    named = [(model.part_of(name), name, parameter) for name, parameter in model.named_parameters()]
+    by_part = {part: _count([(name, p) for where, name, p in named if where == part]) for part in PARTS}
     by_part["head"] = _count([("", parameter) for parameter in head_parameters])
     adapted = sorted({name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name})
     scale = None
