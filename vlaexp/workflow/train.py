@@ -67,7 +67,7 @@ def build(cfg: DictConfig) -> Parts:
     assign_cameras(demos, config["model"]["cameras"], guess=config["dataset"]["cameras"] == "auto")
     torch.manual_seed(config["seed"])  # of fresh adapters
     statistics = demos.statistics()
-    model = build_model(config, demos.state_dim, has_goal="goal" in statistics.quantities)
+    model = build_model(config, demos.state_dim, has_goal="goal" in statistics.quantities, action_dim=demos.spec.dim)
     norm_stats = choose_norm_stats(config, model, demos.spec, statistics)
     if "goal" not in statistics.quantities and config["head"].get("goal_weight", 0) > 0:
         print("the dataset has no tool targets, so the auxiliary goal loss is off", file=sys.stderr)
@@ -170,8 +170,12 @@ def _chunks(cfg: DictConfig, parts: Parts) -> tuple[ChunkDataset, ChunkDataset |
     """Training and held-out data."""
     demos, head = parts.demos, parts.head
     frames, cached = training_frames(parts.config, demos, head.model, Path(cfg.outputs) / "cache")
-    train_part = demos.chunks(demos.split.train, frames, head.n_obs_steps, cached)
-    return train_part, demos.chunks(demos.split.val, frames, head.n_obs_steps, cached) if demos.split.val else None
+    parts_of_split = [
+        demos.chunks(episodes, frames, head.n_obs_steps, cached, head.model.label_steps) if episodes else None
+        for episodes in (demos.split.train, demos.split.val)
+    ]
+    assert parts_of_split[0] is not None
+    return parts_of_split[0], parts_of_split[1]
 
 
 def assign_cameras(demos: Demonstrations, slots: Sequence[str], guess: bool) -> None:
