@@ -8,7 +8,7 @@ any, as LeRobot does. Processors and configuration are saved with the policy in 
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +24,14 @@ from vlaexp.data_types import ActionChunk, Batch, Observation
 from vlaexp.dataset.normalize import Mode, NormStats, Statistics
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
-from vlaexp.model.lerobot import LeRobotPolicy
+from vlaexp.model.lerobot import LeRobotPolicy, explained
 
 FOLDER = "lerobot"
 Stats = dict[str, dict[str, Tensor]]
-NEEDED = {  # statistics that LeRobot's modes read
-    NormalizationMode.IDENTITY: (),
-    NormalizationMode.MEAN_STD: ("mean", "std"),
-    NormalizationMode.MIN_MAX: ("min", "max"),
-    NormalizationMode.QUANTILES: ("q01", "q99"),
+MODES: dict[NormalizationMode, tuple[Mode, tuple[str, str]]] = {  # our word, and the statistics that LeRobot reads
+    NormalizationMode.MEAN_STD: ("mean_std", ("mean", "std")),
+    NormalizationMode.MIN_MAX: ("min_max", ("min", "max")),
+    NormalizationMode.QUANTILES: ("q01_q99", ("q01", "q99")),
 }
 
 
@@ -44,10 +43,11 @@ class NativeHead(Head):
     model: LeRobotPolicy
 
     def __init__(self, *, model: LeRobotPolicy, spec: ActionSpec, norm_stats: NormStats, **common: Any) -> None:
-        super().__init__(model=model, spec=spec, norm_stats=norm_stats, **common)
+        super().__init__(model=model, spec=spec, norm_stats=in_modes_of(model.config, norm_stats), **common)
         self.noise_shape = model.noise_shape
         stats = lerobot_stats(norm_stats, spec, model.config)
-        self.preprocess, self.postprocess = make_pre_post_processors(model.config, dataset_stats=stats)
+        with explained(model.name, model.config):
+            self.preprocess, self.postprocess = make_pre_post_processors(model.config, dataset_stats=stats)
         check_normalizers(model.config, self.preprocess, self.postprocess)
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,7 +85,8 @@ class NativeHead(Head):
                 f"{path}/config.json differs from the configuration that config.yaml leads to; "
                 "use the LeRobot version of the manifest"
             )
-        self.preprocess, self.postprocess = make_pre_post_processors(config, pretrained_path=str(path))
+        with explained(config.type, config):
+            self.preprocess, self.postprocess = make_pre_post_processors(config, pretrained_path=str(path))
         check_normalizers(config, self.preprocess, self.postprocess)
 
 
@@ -96,6 +97,22 @@ def hold_nearest(action: Float[Tensor, "B L A"], is_pad: Bool[Tensor, "B L"]) ->
     last = torch.where(is_pad, -1, steps).amax(1, keepdim=True)
     nearest = steps.clamp(min=first).clamp(max=last.clamp(min=0))
     return action.gather(1, nearest[..., None].expand_as(action))
+
+
+def _mode(config: PreTrainedConfig, kind: FeatureType) -> NormalizationMode:
+    mapping: dict[str, str] = getattr(config, "normalization_mapping")  # every policy's own field  # noqa: B009
+    modes = {FeatureType(name): NormalizationMode(mode) for name, mode in mapping.items()}
+    return modes.get(kind, NormalizationMode.IDENTITY)
+
+
+def in_modes_of(config: PreTrainedConfig, norm_stats: NormStats) -> NormStats:
+    """The same statistics, saying the modes in which the policy uses them."""
+    kinds = {"state": FeatureType.STATE, "action": FeatureType.ACTION}
+    quantities = dict(norm_stats.quantities)
+    for name, kind in kinds.items():
+        if (mode := _mode(config, kind)) in MODES:
+            quantities[name] = replace(quantities[name], mode=MODES[mode][0])
+    return replace(norm_stats, quantities=quantities)
 
 
 def lerobot_stats(norm_stats: NormStats, spec: ActionSpec, config: PreTrainedConfig) -> Stats:
@@ -132,11 +149,9 @@ def _over_steps(action: Statistics) -> Statistics:
 def _floored(statistics: Statistics, units: tuple[str, ...] | None) -> dict[str, Tensor]:
     """Centre and scale of each mode in LeRobot's terms; statistics that vary nowhere are a `UserError`."""
     result: dict[str, Tensor] = {}
-    ends = {"min_max": ("min", "max"), "q01_q99": ("q01", "q99")}
-    for mode in get_args(Mode):
+    for mode, names in MODES.values():
         centre, scale = replace(statistics, mode=mode).centre_and_scale(units)
         pair = (centre, scale) if mode == "mean_std" else (centre - scale, centre + scale)
-        names = ends.get(mode, ("mean", "std"))
         result |= {name: torch.tensor(value, dtype=torch.float32) for name, value in zip(names, pair, strict=True)}
     return result
 
@@ -149,18 +164,21 @@ def check_normalizers(
     Raises:
         UserError: where the policy's `normalization_mapping` asks for a feature that no step normalizes.
     """
-    modes = {FeatureType(kind): NormalizationMode(mode) for kind, mode in config.normalization_mapping.items()}
-    forward = [step for step in preprocess.steps if isinstance(step, NormalizerProcessorStep)]
-    inverse = [step for step in postprocess.steps if isinstance(step, UnnormalizerProcessorStep)]
+    forward: list[Any] = [step for step in preprocess.steps if isinstance(step, NormalizerProcessorStep)]
+    inverse: list[Any] = [step for step in postprocess.steps if isinstance(step, UnnormalizerProcessorStep)]
     features = {**(config.input_features or {}), **(config.output_features or {})}
     for name, feature in features.items():
-        mode = modes.get(feature.type, NormalizationMode.IDENTITY)
-        if mode not in NEEDED:
-            raise UserError(f"normalization {mode.value} of {name} needs statistics that vlaexp lacks; use QUANTILES")
+        mode = _mode(config, feature.type)
+        if mode == NormalizationMode.IDENTITY:
+            continue
+        if mode not in MODES:
+            raise UserError(
+                f"{name} is to be normalized by {mode.value}, which vlaexp lacks; use QUANTILES or MEAN_STD"
+            )
+        needed = {f"{name}.{statistic}" for statistic in MODES[mode][1]}
         for steps, what in ((forward, "normalizes"), *([(inverse, "unnormalizes")] if name == ACTION else [])):
-            held = [set(step.state_dict()) for step in steps if name in step.features]
-            if NEEDED[mode] and not any({f"{name}.{stat}" for stat in NEEDED[mode]} <= names for names in held):
+            if not any(name in step.features and needed <= set(step.state_dict()) for step in steps):
                 raise UserError(
-                    f"no processor of {config.type} {what} {name} with {mode.value} and its statistics "
-                    f"{list(NEEDED[mode])}; the policy would act on raw numbers: copy the whole folder or train again"
+                    f"no processor of {config.type} {what} {name} by {mode.value} with {sorted(needed)}; the policy "
+                    "would act on raw numbers: copy the whole policy folder, or train again"
                 )

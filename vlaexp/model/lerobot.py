@@ -59,6 +59,11 @@ FIXED = {  # fields that vlaexp sets, and the key that says them
     "do_mask_loss_for_padding": "nothing: padded steps carry no loss",
     "push_to_hub": "nothing: policies stay in their folder",
 }
+HUB_IDS = {  # that LeRobot's code names itself
+    "pi0": ["google/paligemma-3b-pt-224"],
+    "pi05": ["google/paligemma-3b-pt-224"],
+    "pi0_fast": ["google/paligemma-3b-pt-224", "lerobot/fast-action-tokenizer"],
+}
 DETERMINISTIC = ("act",)
 UNMASKED = ("pi0", "pi05")  # forward of their inner model returns the loss (B, H, A) of every number
 REFUSED = {
@@ -101,13 +106,14 @@ class LeRobotPolicy(BaseModel):
         _check_name(policy)
         self.name, self.cameras = policy, tuple(cameras)
         self.action_horizon = action_horizon
-        with _explained(policy):
-            saved = _read_config(policy, weights) if weights is not None else {}
+        with explained(policy):
+            saved = {} if weights is None else _read_config(policy, weights)
             self.image_size = tuple(image_size or _image_size(saved))
             features = {f"{OBS_IMAGES}.{name}": (FeatureType.VISUAL, (3, *self.image_size)) for name in self.cameras}
             features |= {OBS_STATE: (FeatureType.STATE, (state_dim,)), ACTION: (FeatureType.ACTION, (action_dim,))}
             config = _make_config(policy, saved, settings or {}, features, action_horizon)
-            self._set_steps(config)
+        self._set_steps(config)
+        with explained(policy, config):
             self.policy = _make_policy(config, weights)
         self._fingerprint = fingerprint(self.policy.state_dict())
 
@@ -196,7 +202,7 @@ class LeRobotPolicy(BaseModel):
         return torch.cat([self._predict_row(batch, row, noise[row]) for row in range(len(noise))])
 
     def _predict_row(self, batch: dict[str, Any], row: int, noise: Float[Tensor, "2"]) -> Float[Tensor, "1 H A"]:
-        alone = {k: v[row : row + 1] if isinstance(v, Tensor | list) else v for k, v in batch.items()}
+        alone: dict[str, Any] = {k: v[row : row + 1] if isinstance(v, Tensor | list) else v for k, v in batch.items()}
         devices = [noise.device.index or 0] if noise.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int.from_bytes(noise.cpu().numpy().tobytes()))
@@ -210,28 +216,42 @@ def _check_name(policy: str) -> None:
 
 
 @contextlib.contextmanager
-def _explained(policy: str) -> Iterator[None]:
+def explained(policy: str, config: PreTrainedConfig | None = None) -> Iterator[None]:
     """Missing packages and files of the hub as `UserError`s; what LeRobot prints goes to stderr."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except ImportError as error:
         raise UserError(
-            f"model.policy={policy} needs a package that is not installed: {error}; use the version that vlaexp uses, "
-            f"lerobot[...]==0.6.1"
+            f"model.policy={policy} needs a package that is not installed: {error}; take it for lerobot==0.6.1"
         ) from error
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
+        named = {} if config is None else {k: v for k, v in vars(config).items() if _is_hub_id(v)}
+        names = [f"{key}={value}" for key, value in named.items()] or HUB_IDS.get(policy, ["see the error"])
         raise UserError(
-            f"model.policy={policy} needs files that are not here ({type(error).__name__}: {first}); download them "
-            f"with `hf download NAME` into {constants.HF_HUB_CACHE} (HF_HUB_CACHE), or name a local folder or null in "
-            "model.settings (vlm_model_name, pretrained_backbone_weights, ...)"
+            f"model.policy={policy} needs files that are not here ({type(error).__name__}: {_first_line(error)}); "
+            f"download {', '.join(names)} (`hf download NAME`) into HF_HUB_CACHE={constants.HF_HUB_CACHE}, or name a "
+            "local folder, or null, in model.settings"
         ) from error
+
+
+def _is_hub_id(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _read_config(policy: str, weights: str) -> dict[str, Any]:
     """The configuration saved beside the weights, as plain data."""
-    config = PreTrainedConfig.from_pretrained(weights)
+    try:
+        config = PreTrainedConfig.from_pretrained(weights)
+    except OSError as error:
+        raise UserError(
+            f"model.weights={weights} is neither a folder of LeRobot's `save_pretrained` nor in HF_HUB_CACHE="
+            f"{constants.HF_HUB_CACHE} ({_first_line(error)}); get it with `hf download {weights}`, or give its folder"
+        ) from error
     if config.type != policy:
         raise UserError(f"model.weights={weights} holds a {config.type}, not model.policy={policy}; set model.policy")
     return draccus.encode(config)  # type: ignore[return-value]
@@ -280,7 +300,7 @@ def _make_config(
     except (draccus.utils.DecodingError, draccus.utils.ParsingError) as error:
         raise UserError(
             f"{kind.__name__} refuses model.settings={dict(settings)} with action_horizon={action_horizon}: "
-            f"{error.__cause__ or error}; correct model.settings or action_horizon"
+            f"{error if isinstance(error, draccus.utils.DecodingError) else error.__cause__}; correct model.settings or action_horizon"
         ) from error
     named = {key: PolicyFeature(type=kind, shape=shape) for key, (kind, shape) in features.items()}
     config.input_features = {key: feature for key, feature in named.items() if key != ACTION}
@@ -307,6 +327,8 @@ def _make_policy(config: PreTrainedConfig, weights: str | None) -> PreTrainedPol
             return cls(config)
         policy = cls.from_pretrained(weights, config=config, strict=True)
     except (RuntimeError, ValueError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error  # `explained` says what to download
         source = f" from model.weights={weights}" if weights else ""
         raise UserError(
             f"model.policy={config.type} cannot be built{source}: {error}; use model.settings, cameras, action space "
@@ -323,11 +345,11 @@ def check_loaded(policy: PreTrainedPolicy, path: Path) -> None:
     Raises:
         UserError: naming tensors of the policy that the file lacks, and conversely.
     """
-    own = policy.state_dict()
-    dtypes = {value.dtype for value in own.values()}
-    held = {_digest(value) for value in own.values()}
+    own = {name: _digest(value) for name, value in policy.state_dict().items()}
+    dtypes = {value.dtype for value in policy.state_dict().values()}
     given = {name: {_digest(value.to(dtype)) for dtype in dtypes} for name, value in read_safetensors(path).items()}
-    random = [name for name, value in own.items() if not any(_digest(value) in digests for digests in given.values())]
+    held, offered = set(own.values()), set().union(*given.values())
+    random = [name for name, digest in own.items() if digest not in offered]
     unused = [name for name, digests in given.items() if not digests & held]
     if random or unused:
         raise UserError(

@@ -22,7 +22,7 @@ MODES = ("auto", "features", "images", "none")
 
 def load_demonstrations(cfg: DictConfig) -> Demonstrations:
     """The dataset of a configuration, in its action space."""
-    if cfg.dataset is None:
+    if cfg.get("dataset") is None:
         raise UserError("this needs demonstrations; set dataset=tabletop_pick (or another, see conf/dataset)")
     make = instantiate(cfg.dataset, _partial_=True, _convert_="all")
     return make(action_space=instantiate(cfg.action_space), action_horizon=cfg.action_horizon)
