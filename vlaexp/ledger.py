@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlaexp.lora import Lora
-from vlaexp.model.base import BaseModel
+from vlaexp.model.base import PARTS, BaseModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Ledger:
 
 def ledger(model: BaseModel, head_parameters: Sequence[nn.Parameter], lora: Lora) -> Ledger:
     """Count parameters by part; adapters are PEFT's `lora_` parameters."""
-    by_part = {part: _count(list(module.named_parameters())) for part, module in model.parts()}
+    named = [(model.part_of(name), name, parameter) for name, parameter in model.named_parameters()]
+    by_part = {part: _count([(name, p) for where, name, p in named if where == part]) for part in PARTS}
     by_part["head"] = _count([("", parameter) for parameter in head_parameters])
     adapted = sorted(adapters(model))
     scale = None

@@ -32,6 +32,7 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlaexp.errors import UserError, nearest
 from vlaexp.model.base import PARTS, BaseModel
@@ -84,7 +85,9 @@ def freeze_parts(model: BaseModel, freeze: Freeze) -> None:
     for name in freeze.parts:
         if name not in PARTS:
             raise UserError(f"unknown part {name!r} in freeze.parts; {nearest(name, PARTS)}")
-        model.part(name).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if model.part_of(name) in freeze.parts:
+            parameter.requires_grad_(False)
     for name in freeze.trainable:
         if name not in model.landmarks:
             raise UserError(
@@ -159,15 +162,16 @@ def target_modules(model: BaseModel, lora: Lora, freeze: Freeze) -> list[str]:
     resting = (*model.reinitialized, *(f"{model.landmarks[name]}." for name in freeze.trainable))
     candidates = [
         name
-        for part, module in model.parts()
-        for name, layer in module.named_modules(prefix=part)
-        if isinstance(layer, nn.Linear | nn.Conv2d) and not f"{name}.".startswith(resting)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and not isinstance(layer, NonDynamicallyQuantizableLinear)  # whose weight nn.MultiheadAttention reads directly
+        and not f"{name}.".startswith(resting)
     ]
     if lora.targets == "all-linear":
         wanted = set(candidates)
     else:
         words = [lora.targets] if isinstance(lora.targets, str) else lora.targets
-        wanted = {name for word in words for name in _named_by(word, candidates, freeze)}
+        wanted = {name for word in words for name in _named_by(word, candidates, model, freeze)}
     for name in lora.exclude:
         if name not in wanted:
             close = ", ".join(get_close_matches(name, wanted, n=5)) or "none"  # a large model has hundreds of layers
@@ -175,7 +179,7 @@ def target_modules(model: BaseModel, lora: Lora, freeze: Freeze) -> list[str]:
     return [name for name in candidates if name in wanted and name not in lora.exclude]
 
 
-def _named_by(word: str, candidates: Sequence[str], freeze: Freeze) -> list[str]:
+def _named_by(word: str, candidates: Sequence[str], model: BaseModel, freeze: Freeze) -> list[str]:
     """The layers that one entry of `lora.targets` means."""
     part, _, layer = word.partition(".")
     if part not in PARTS:
@@ -185,7 +189,7 @@ def _named_by(word: str, candidates: Sequence[str], freeze: Freeze) -> list[str]
             f"lora.targets names {part!r}, which is not frozen, so its adapters would compete with its own weights; "
             f"use freeze=backbone (or another that freezes it), or lora=none"
         )
-    inside = [name for name in candidates if name.startswith(f"{part}.")]
+    inside = [name for name in candidates if model.part_of(name) == part]
     found = [name for name in inside if not layer or name.endswith(f".{layer}")]
     if not found:
         raise UserError(

@@ -61,6 +61,8 @@ class ChunkDataset(Dataset[Batch]):
         action_horizon: H.
         n_obs_steps: T; earlier steps than the episode's first repeat it.
         cached_features: the frames hold vision features instead of images.
+        label_steps: steps relative to the observation whose actions come as `targets["label"]` (B, L, A), with
+            `targets["label_is_pad"]`; steps outside of the episode repeat its nearest.
     """
 
     def __init__(
@@ -71,10 +73,11 @@ class ChunkDataset(Dataset[Batch]):
         action_horizon: int,
         n_obs_steps: int = 1,
         cached_features: bool = False,
+        label_steps: Sequence[int] = (),
     ) -> None:
         self.columns, self.frames = columns, dict(frames)
         self.action_horizon, self.n_obs_steps = action_horizon, n_obs_steps
-        self.cached_features = cached_features
+        self.cached_features, self.label_steps = cached_features, np.asarray(label_steps, dtype=int)
         spans = [np.arange(columns.episode_start[e], columns.episode_end[e]) for e in episodes]
         self.index = np.concatenate(spans)
         self._end = np.concatenate(
@@ -109,24 +112,34 @@ class ChunkDataset(Dataset[Batch]):
         is_pad = ahead >= self._end[rows, None]
         steps = np.minimum(ahead, self._end[rows, None] - 1)
         past = np.maximum(now[:, None] - np.arange(self.n_obs_steps - 1, -1, -1), self._start[rows, None])
+        targets = {name: torch.from_numpy(value.astype(np.float32)) for name, value in self._targets(steps).items()}
         return Batch(
             observation=self._observation(now, past),
-            action=torch.from_numpy(self.actions(steps)),
+            action=torch.from_numpy(self.actions(steps, now)),
             action_is_pad=torch.from_numpy(is_pad),
-            targets={name: torch.from_numpy(value.astype(np.float32)) for name, value in self._targets(steps).items()},
+            targets=targets | self._label(rows),
         )
 
-    def actions(self, steps: Int[np.ndarray, "B H"]) -> np.ndarray:
-        """Labels (B, H, A) float32 of chunks whose frame indices are `steps`, in the meaning of the spec."""
+    def _label(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        if not len(self.label_steps):
+            return {}
+        now, start, end = self.index[rows], self._start[rows, None], self._end[rows, None]
+        wanted = now[:, None] + self.label_steps
+        steps = np.clip(wanted, start, end - 1)
+        is_pad = torch.from_numpy(steps != wanted)
+        return {"label": torch.from_numpy(self.actions(steps, now)), "label_is_pad": is_pad}
+
+    def actions(self, steps: Int[np.ndarray, "B H"], now: Int[np.ndarray, "B"]) -> np.ndarray:
+        """Labels (B, H, A) float32 of the frames `steps`, in the meaning of the spec for one who observes at `now`."""
         columns = self.columns
         action = columns.action[steps]
         if columns.spec.space == "ee_delta" and columns.spec.reference == "chunk_start":
             assert columns.tool_target is not None
             assert columns.tool_pose is not None
-            relative = relative_to_start(columns.tool_target[steps], columns.tool_pose[steps[:, 0]])
+            relative = relative_to_start(columns.tool_target[steps], columns.tool_pose[now])
             action = np.concatenate([relative, action[..., 6:]], -1)
         elif columns.spec.reference == "measured_state":
-            action = action - columns.state[steps[:, :1]]
+            action = action - columns.state[now[:, None]]
         return action.astype(np.float32)
 
     def _observation(self, now: np.ndarray, past: np.ndarray) -> Observation:

@@ -194,10 +194,15 @@ class Demonstrations:
         return self.folder.frames(self.cameras[camera])
 
     def chunks(
-        self, part: Sequence[int], frames: Mapping[str, Frames], n_obs_steps: int, cached_features: bool
+        self,
+        part: Sequence[int],
+        frames: Mapping[str, Frames],
+        n_obs_steps: int,
+        cached_features: bool,
+        label_steps: Sequence[int] = (),
     ) -> ChunkDataset:
         """Batches over the episodes `part` (of the split)."""
-        return ChunkDataset(self.columns, frames, part, self.action_horizon, n_obs_steps, cached_features)
+        return ChunkDataset(self.columns, frames, part, self.action_horizon, n_obs_steps, cached_features, label_steps)
 
     def statistics(self) -> NormStats:
         """Statistics of the training episodes: state, action per step of the chunk, and the hindsight goal."""

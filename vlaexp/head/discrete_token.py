@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlaexp.errors import UserError
-from vlaexp.head.base import Head
 from vlaexp.head.layers import ChunkReadout
+from vlaexp.head.prefix import PrefixHead
 from vlaexp.model.base import Prefix
 
 MARGIN = 0.03  # the outer bins reach this share of the quantile range further
@@ -47,8 +47,8 @@ class ActionBins(nn.Module):
         return position / (self.bins - 1) * (self.high - self.low) + self.low
 
 
-class DiscreteTokenHead(Head):
-    """Classification over bins. Further arguments: `Head`.
+class DiscreteTokenHead(PrefixHead):
+    """Classification over bins. Further arguments: `PrefixHead`.
 
     Args:
         bins: tokens per dimension.

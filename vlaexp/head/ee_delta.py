@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlaexp.errors import UserError
-from vlaexp.head.base import Head
 from vlaexp.head.layers import ChunkReadout, PlanSkip
+from vlaexp.head.prefix import PrefixHead
 from vlaexp.head.regression import Norm, distance
 from vlaexp.model.base import Prefix
 
 
-class EEDeltaHead(Head):
-    """Tool-centre motion by `mse` or `l1`. Further arguments: `Head`.
+class EEDeltaHead(PrefixHead):
+    """Tool-centre motion by `mse` or `l1`. Further arguments: `PrefixHead`.
 
     Args:
         norm: of the per-step error.

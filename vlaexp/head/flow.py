@@ -12,16 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlaexp.errors import UserError
-from vlaexp.head.base import Head
 from vlaexp.head.layers import ChunkReadout, PlanSkip, sinusoid
+from vlaexp.head.prefix import PrefixHead
 from vlaexp.model.base import Prefix
 from vlaexp.model.layers import mlp
 
 TIME_WIDTH = 64
 
 
-class FlowHead(Head):
-    """Flow matching over the chunk. Further arguments: `Head`.
+class FlowHead(PrefixHead):
+    """Flow matching over the chunk. Further arguments: `PrefixHead`.
 
     Args:
         num_steps: Euler steps of the sampler.

@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlaexp.errors import UserError
-from vlaexp.head.base import Head
 from vlaexp.head.layers import ChunkReadout, PlanSkip
+from vlaexp.head.prefix import PrefixHead
 from vlaexp.head.regression import Norm, distance
 from vlaexp.model.base import Prefix
 
 
-class JointHead(Head):
-    """Absolute joint targets by `mse` or `l1`. Further arguments: `Head`."""
+class JointHead(PrefixHead):
+    """Absolute joint targets by `mse` or `l1`. Further arguments: `PrefixHead`."""
 
     name = "joint"
     spaces = ("joint",)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlaexp.action_spec import ActionSpec
 from vlaexp.dataset.normalize import Affine
-from vlaexp.model.base import BaseModel, Prefix
+from vlaexp.model.base import Prefix, PrefixModel
 
 
 class ChunkReadout(nn.Module):
@@ -17,13 +17,13 @@ class ChunkReadout(nn.Module):
     Parallel decoding of a chunk from placeholders follows OpenVLA-OFT (arXiv 2502.19645).
     """
 
-    def __init__(self, model: BaseModel, action_horizon: int, out_width: int) -> None:
+    def __init__(self, model: PrefixModel, action_horizon: int, out_width: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(action_horizon, model.width) * 0.1)
         self.out = nn.Linear(model.width, out_width)
 
     def forward(
-        self, model: BaseModel, prefix: Prefix, added: Float[Tensor, "B H D"] | None = None
+        self, model: PrefixModel, prefix: Prefix, added: Float[Tensor, "B H D"] | None = None
     ) -> Float[Tensor, "B H out"]:
         """Read out the queries, with `added` (a noised action, say) on top of them."""
         suffix = self.queries.expand(len(prefix.hidden), -1, -1)
@@ -47,7 +47,9 @@ class PlanSkip(nn.Module):
         action_horizon: H.
     """
 
-    def __init__(self, model: BaseModel, state: Affine, action: Affine, spec: ActionSpec, action_horizon: int) -> None:
+    def __init__(
+        self, model: PrefixModel, state: Affine, action: Affine, spec: ActionSpec, action_horizon: int
+    ) -> None:
         super().__init__()
         self.shape = (action_horizon, spec.dim)
         self.linear = nn.Linear(model.plan_width, action_horizon * spec.dim) if model.plan_width else None

@@ -9,12 +9,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlaexp.head.base import Head
+from vlaexp.head.prefix import PrefixHead
 from vlaexp.model.base import Prefix
 
 
-class LinearHead(Head):
-    """Least squares on a linear readout. Arguments: `Head`."""
+class LinearHead(PrefixHead):
+    """Least squares on a linear readout. Arguments: `PrefixHead`."""
 
     name = "linear"
     spaces = ("joint", "ee_delta", "native")

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from vlaexp.head.base import Head
 from vlaexp.head.layers import ChunkReadout, PlanSkip
+from vlaexp.head.prefix import PrefixHead
 from vlaexp.model.base import Prefix
 
 Norm = Literal["mse", "l1"]
@@ -21,8 +21,8 @@ def distance(prediction: Float[Tensor, "B H A"], action: Float[Tensor, "B H A"],
     return error**2 if norm == "mse" else error.abs()
 
 
-class RegressionHead(Head):
-    """Mean (`mse`) or median (`l1`) of the demonstrated actions. Further arguments: `Head`."""
+class RegressionHead(PrefixHead):
+    """Mean (`mse`) or median (`l1`) of the demonstrated actions. Further arguments: `PrefixHead`."""
 
     name = "regression"
     spaces = ("native",)

@@ -1,7 +1,8 @@
-"""The contract of a base model: an observation goes in once, suffixes of embeddings run after it.
+"""The contract of a base model.
 
-A model is one module tree whose children are named `vision`, `projector`, `language` and `decoder`; freeze policies,
-LoRA targets and attribution are said in those words. There are two ways in, and the law that they agree:
+A model is one module tree whose parts are named `vision`, `projector`, `language` and `decoder`; freeze policies, LoRA
+targets and attribution are said in those words. Most models are prefix models, whose children have those names: an
+observation goes in once, suffixes of embeddings run after it. There are two ways in, and the law that they agree:
 
     forward(observation, suffix, mask_kind)        training: the whole sequence at once
     prefill(observation); extend(prefix, suffix)   inference: the prefix is computed once and its cache reused
@@ -11,7 +12,7 @@ LoRA targets and attribution are said in those words. There are two ways in, and
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -50,18 +51,66 @@ class Prefix:
 
 
 class BaseModel(nn.Module, ABC):
-    """Base class of all base models; final classes fill the abstract methods."""
+    """Base class of all base models.
+
+    Attributes:
+        cameras: the camera slots, in order.
+        n_obs_steps: T, observed steps.
+        label_steps: steps, relative to the observation, whose actions training reads where they are not just the
+            chunk's; they come as `Batch.targets["label"]`.
+        supported_heads: which heads the model can carry.
+        training_seeds: ranges of the episodes that the loaded weights were trained on.
+        reinitialized: prefixes of parameters that the loaded weights did not fit (another robot).
+        landmarks: layers that freeze policies name, as paths: `embeddings` (token embedding) and `last_layer` of the
+            language part.
+        large: `vlaexp plan` builds it without weights, on the meta device.
+    """
 
     cameras: tuple[str, ...]
+    n_obs_steps: int
+    label_steps: tuple[int, ...] = ()
+    supported_heads: tuple[str, ...]
+    training_seeds: tuple[tuple[int, int], ...] = ()
+    reinitialized: tuple[str, ...] = ()
+    landmarks: Mapping[str, str] = MappingProxyType({})
+    large: bool = False
+
+    @abstractmethod
+    def preprocess_images(self, images: Tensor) -> Tensor:
+        """The deterministic image pipeline, uint8 (n, 3, H, W) to (n, 3, h, w); idempotent, so it can be cached."""
+
+    @abstractmethod
+    def image_pipeline(self) -> str:
+        """What `preprocess_images` does, in one line; part of cache keys and manifests."""
+
+    @abstractmethod
+    def weights_fingerprint(self) -> str:
+        """sha256 of the base weights as loaded, before any adapter; the identity that adapters are tied to."""
+
+    def part_of(self, name: str) -> str:
+        """The part that the parameter or module of this dotted name belongs to."""
+        return name.split(".", 1)[0]
+
+    def input_stats(self) -> NormStats | None:
+        """Statistics that the loaded weights' inputs were normalized with; None where any will do."""
+        return None
+
+    def save_weights(self, folder: Path, input_stats: NormStats, training_seeds: Sequence[tuple[int, int]]) -> None:
+        """Write the base, as it is now and without its decoder, to a folder that `model.weights=` takes.
+
+        Args:
+            folder: exists; decoders will lie in it as `<head>_<space>`.
+            input_stats: of `state` and what else the base was trained with.
+            training_seeds: ranges of the episodes that these weights have seen.
+        """
+        raise UserError(f"{type(self).__name__} has no form for merged weights; keep the policy folder and its adapter")
+
+
+class PrefixModel(BaseModel):
+    """Base class of the models with the two ways in; final classes fill the abstract methods."""
+
     width: int
     plan_width: int
-    n_obs_steps: int
-    supported_heads: tuple[str, ...]
-    training_seeds: tuple[tuple[int, int], ...] = ()  # ranges of the episodes that the loaded weights were trained on
-    reinitialized: tuple[str, ...] = ()  # prefixes of parameters that the loaded weights did not fit (another robot)
-    # Layers that freeze policies name, as paths: `embeddings` (token embedding) and `last_layer` of the language part.
-    landmarks: Mapping[str, str] = MappingProxyType({})
-    large = False  # `vlaexp plan` then builds it without weights, on the meta device
 
     @abstractmethod
     def prefill(self, observation: Observation) -> Prefix:
@@ -78,20 +127,8 @@ class BaseModel(nn.Module, ABC):
         """The prefix with its batch repeated `times` times (for several noise samples per observation)."""
 
     @abstractmethod
-    def preprocess_images(self, images: Tensor) -> Tensor:
-        """The deterministic image pipeline, uint8 (n, 3, H, W) to (n, 3, h, w); idempotent, so it can be cached."""
-
-    @abstractmethod
-    def image_pipeline(self) -> str:
-        """What `preprocess_images` does, in one line; part of cache keys and manifests."""
-
-    @abstractmethod
     def encode_images(self, images: Tensor, camera: str) -> Tensor:
         """Features (n, N, C) of the `vision` part for preprocessed images; nothing random happens before them."""
-
-    @abstractmethod
-    def weights_fingerprint(self) -> str:
-        """sha256 of the base weights as loaded, before any adapter; the identity that adapters are tied to."""
 
     def forward(
         self, observation: Observation, suffix: Float[Tensor, "B M D"], mask_kind: MaskKind
@@ -104,27 +141,9 @@ class BaseModel(nn.Module, ABC):
         assert isinstance(module, nn.Module)
         return module
 
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        for name in PARTS:
-            yield name, self.part(name)
-
-    def input_stats(self) -> NormStats | None:
-        """Statistics that the loaded weights' inputs were normalized with; None where any will do."""
-        return None
-
     def pretrained_decoder(self, head: str, space: str) -> Path | None:
         """Folder of the decoder that the model ships for this head and action space.
 
         It holds `decoder.safetensors`, `norm_stats.json` and `action_spec.json`.
         """
         return None
-
-    def save_weights(self, folder: Path, input_stats: NormStats, training_seeds: Sequence[tuple[int, int]]) -> None:
-        """Write the base, as it is now and without its decoder, to a folder that `model.weights=` takes.
-
-        Args:
-            folder: exists; decoders will lie in it as `<head>_<space>`.
-            input_stats: of `state` and what else the base was trained with.
-            training_seeds: ranges of the episodes that these weights have seen.
-        """
-        raise UserError(f"{type(self).__name__} has no form for merged weights; keep the policy folder and its adapter")

@@ -93,3 +93,16 @@ class DecoderBlock(nn.Module):
 def mlp(in_width: int, hidden: int, out_width: int) -> nn.Sequential:
     """Linear, GELU, linear."""
     return nn.Sequential(nn.Linear(in_width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out_width))
+
+
+def resize_with_pad(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Fit uint8 images (n, 3, H, W) into (height, width), aspect kept, the rest black."""
+    height, width = images.shape[-2:]
+    if (height, width) == tuple(size):
+        return images
+    scale = min(size[0] / height, size[1] / width)
+    inner = (max(1, round(height * scale)), max(1, round(width * scale)))
+    small = F.interpolate(images.float(), inner, mode="bilinear", antialias=True)
+    pad_y, pad_x = size[0] - inner[0], size[1] - inner[1]
+    padded = F.pad(small, (pad_x // 2, pad_x - pad_x // 2, pad_y // 2, pad_y - pad_y // 2))
+    return padded.round().clamp(0, 255).to(torch.uint8)

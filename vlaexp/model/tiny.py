@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
-from vlaexp.model.base import BaseModel, MaskKind, Prefix
-from vlaexp.model.layers import Attention, DecoderBlock, EncoderBlock, KeysValues, mlp
+from vlaexp.model.base import MaskKind, Prefix, PrefixModel
+from vlaexp.model.layers import Attention, DecoderBlock, EncoderBlock, KeysValues, mlp, resize_with_pad
 from vlaexp.model.weights import fingerprint, load_strictly
 
 WORDS = (
@@ -163,7 +162,7 @@ class Cache:
     suffix: tuple[KeysValues, ...] | None
 
 
-class TinyVLA(BaseModel):
+class TinyVLA(PrefixModel):
     """See the module docstring. About 0.8 million parameters at the default sizes.
 
     Args:
@@ -258,15 +257,7 @@ class TinyVLA(BaseModel):
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     def preprocess_images(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        if (height, width) == (self.image_size, self.image_size):
-            return images
-        scale = self.image_size / max(height, width)
-        size = (max(1, round(height * scale)), max(1, round(width * scale)))
-        small = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-        pad_x, pad_y = self.image_size - size[1], self.image_size - size[0]
-        padded = F.pad(small, (pad_x // 2, pad_x - pad_x // 2, pad_y // 2, pad_y - pad_y // 2))
-        return padded.round().clamp(0, 255).to(torch.uint8)
+        return resize_with_pad(images, (self.image_size, self.image_size))
 
     def image_pipeline(self) -> str:
         return f"resize to fit {self.image_size}x{self.image_size}, bilinear with antialias, pad with black"

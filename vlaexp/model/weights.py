@@ -23,6 +23,13 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters that are not frozen, and buffers: batch normalization learns its statistics."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    buffers = {name: value for name, value in module.state_dict().items() if name not in parameters}
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad} | buffers
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file; a missing or damaged one is a `UserError`."""
     try:

@@ -1,5 +1,6 @@
 """From a resolved configuration to model, adapter and head; used alike by training and by loading a policy."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from peft import PeftModel
 
 from vlaexp.action_spec import ActionSpec
@@ -16,9 +17,10 @@ from vlaexp.dataset.normalize import NormStats
 from vlaexp.dataset.targets import goal_dim
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
+from vlaexp.head.prefix import PrefixHead
 from vlaexp.ledger import Ledger, ledger
 from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts
-from vlaexp.model.base import BaseModel
+from vlaexp.model.base import BaseModel, PrefixModel
 from vlaexp.model.weights import copy_strictly, read_safetensors
 
 INITS = ("auto", "pretrained", "scratch")
@@ -45,7 +47,7 @@ def build(config: Mapping[str, Any], spec: ActionSpec, state_dim: int, statistic
     lora: Lora = instantiate(config["lora"], _convert_="all")
     freeze: Freeze = instantiate(config["freeze"], _convert_="all")
     torch.manual_seed(config["seed"])  # of fresh adapters
-    model = build_model(config, state_dim, has_goal="goal" in statistics.quantities)
+    model = build_model(config, state_dim, has_goal="goal" in statistics.quantities, action_dim=spec.dim)
     head = build_head(config, model, spec, choose_norm_stats(config, model, spec, statistics))
     freeze_parts(model, freeze)
     adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
@@ -53,18 +55,25 @@ def build(config: Mapping[str, Any], spec: ActionSpec, state_dim: int, statistic
     return Built(head, adapter, ledger(model, own, lora))
 
 
-def build_model(config: Mapping[str, Any], state_dim: int | None, has_goal: bool) -> BaseModel:
+def build_model(
+    config: Mapping[str, Any], state_dim: int | None, has_goal: bool, action_dim: int | None = None
+) -> BaseModel:
     """The base model with its weights, before freezing and adapters.
 
     Args:
         config: resolved configuration.
         state_dim: width of the state; None for that of the model's weights.
         has_goal: whether the data have the hindsight goal (`vlaexp.dataset.targets`).
+        action_dim: width of the action, for models that hold their own decoder.
     """
-    sizes = {"state_dim": state_dim, "goal_dim": goal_dim(config["action_horizon"]) if has_goal else 0}
+    goal = goal_dim(config["action_horizon"]) if has_goal else 0
+    sizes = {"state_dim": state_dim, "goal_dim": goal, "action_dim": action_dim}
+    takes = inspect.signature(get_class(config["model"]["_target_"])).parameters
     try:
         with seeded(config):
-            return instantiate(config["model"], **sizes, _convert_="all")
+            return instantiate(
+                config["model"], **{name: size for name, size in sizes.items() if name in takes}, _convert_="all"
+            )
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None  # what the user is meant to read, without Hydra around it
@@ -100,6 +109,8 @@ def head_name(config: Mapping[str, Any]) -> str:
 
 def pretrained_decoder(config: Mapping[str, Any], model: BaseModel, space: str) -> Path | None:
     """Folder of the shipped decoder that `head.init` leads to, or None to start from scratch."""
+    if not isinstance(model, PrefixModel):
+        return None
     init = config["head"]["init"]
     if init not in INITS:
         raise UserError(f"head.init={init!r}; expected one of {list(INITS)}")
@@ -133,6 +144,7 @@ def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, no
             seed=config["seed"],
         )
     if (folder := pretrained_decoder(config, model, spec.space)) is not None:
+        assert isinstance(head, PrefixHead)  # `pretrained_decoder` is None for others
         path = folder / "decoder.safetensors"
         copy_strictly(head.decoder_tensors(), read_safetensors(path), str(path))
     return head

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from vlaexp.model.weights import trained_tensors
 from vlaexp.trainer.tracking import LightningJournal
 
 CHECKPOINT = "checkpoint.ckpt"
@@ -107,15 +108,14 @@ class StepProgress(Callback):
 
 
 class TrainableOnly(Callback):
-    """Keep frozen weights out of checkpoints, and check on resume that all others are there."""
+    """Keep frozen weights out of checkpoints, and check on resume that all else is there."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        kept = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        kept = trained_tensors(pl_module)
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        wanted = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
-        lost = sorted(wanted ^ set(checkpoint["state_dict"]))
+        lost = sorted(set(trained_tensors(pl_module)) ^ set(checkpoint["state_dict"]))
         assert not lost, f"checkpoint and model differ in {lost}; the run id should have told them apart"
 
 

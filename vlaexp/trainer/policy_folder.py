@@ -1,6 +1,7 @@
 """The policy folder: what a run yields at each milestone, and its loading.
 
     config.yaml  adapter/ (PEFT format)  head.safetensors  norm_stats.json  action_spec.json  manifest.json
+    lerobot/ (config and processors, with head=native)
 
 `head.safetensors` holds everything that training changed besides adapters. Base weights are never copied; their
 fingerprint in the manifest is checked on loading. A folder appears under its name when it is complete.
@@ -39,9 +40,10 @@ def save_policy(
     save_file({name: value.contiguous() for name, value in head.own_tensors().items()}, partial / "head.safetensors")
     head.norm_stats.save(partial / "norm_stats.json")
     head.spec.save(partial / "action_spec.json")
+    head.save_files(partial)
     if adapter is not None:
         adapter.save_pretrained(str(partial / "adapter"))
-    write(partial, {**manifest, "files": hash_folder(partial, ["*", "adapter/*"])})
+    write(partial, {**manifest, "files": hash_folder(partial, ["*", "*/*"])})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder
@@ -67,7 +69,7 @@ def load_policy(folder: Path | str) -> Head:
     spec = ActionSpec.load(folder / "action_spec.json")
     norm_stats = NormStats.load(folder / "norm_stats.json")
     state_dim = norm_stats.quantities["state"].mean.shape[-1]
-    model = build_model(config, state_dim, has_goal="goal" in norm_stats.quantities)
+    model = build_model(config, state_dim, has_goal="goal" in norm_stats.quantities, action_dim=spec.dim)
     if model.weights_fingerprint() != manifest["base"]["fingerprint"]:
         raise UserError(
             f"policy {folder} was trained on base weights {manifest['base']['fingerprint'][:12]}..., this "
@@ -75,6 +77,7 @@ def load_policy(folder: Path | str) -> Head:
             "base: use the same weights (model.weights) or the same vlaexp version"
         )
     head = build_head(config, model, spec, norm_stats)
+    head.load_files(folder)
     freeze_parts(model, instantiate(config["freeze"], _convert_="all"))
     if (folder / "adapter").is_dir():
         load_adapter(model, folder / "adapter")

@@ -13,7 +13,7 @@ from vlaexp.dataset.batches import Frames
 from vlaexp.dataset.cache import cached_frames
 from vlaexp.dataset.demonstrations import Demonstrations
 from vlaexp.errors import UserError, nearest
-from vlaexp.model.base import BaseModel
+from vlaexp.model.base import BaseModel, PrefixModel
 from vlaexp.model.weights import fingerprint
 
 Compute = Callable[[np.ndarray], np.ndarray]
@@ -22,7 +22,7 @@ MODES = ("auto", "features", "images", "none")
 
 def load_demonstrations(cfg: DictConfig) -> Demonstrations:
     """The dataset of a configuration, in its action space."""
-    if cfg.dataset is None:
+    if cfg.get("dataset") is None:
         raise UserError("this needs demonstrations; set dataset=tabletop_pick (or another, see conf/dataset)")
     make = instantiate(cfg.dataset, _partial_=True, _convert_="all")
     return make(action_space=instantiate(cfg.action_space), action_horizon=cfg.action_horizon)
@@ -30,6 +30,8 @@ def load_demonstrations(cfg: DictConfig) -> Demonstrations:
 
 def feature_cache_obstacle(config: Mapping[str, Any], model: BaseModel) -> str | None:
     """Why vision features may not be cached, or None where it is legal."""
+    if not isinstance(model, PrefixModel):
+        return f"{type(model).__name__} takes images only"
     if any(parameter.requires_grad for parameter in model.part("vision").parameters()):
         return "the vision part is trained (freeze= leaves it trainable, or lora.targets contains it)"
     if config["augmentation"]:
@@ -66,31 +68,30 @@ def training_frames(
             "mode": mode,
         }
         if mode == "features":
+            assert isinstance(model, PrefixModel)  # `feature_cache_obstacle` refuses others
             key |= {"vision": fingerprint(model.part("vision").state_dict()), "dtype": "float32"}
-        compute = _features(model, camera) if mode == "features" else _images(model)
+        compute = _compute(model, camera, mode)
         caches[camera] = cached_frames(
             folder, key, source, demos.folder.num_frames, compute, limit, f"{mode} of {camera}"
         )
     return caches, mode == "features"
 
 
-def _images(model: BaseModel) -> Compute:
-    def compute(raw: np.ndarray) -> np.ndarray:
+def _compute(model: BaseModel, camera: str, mode: str) -> Compute:
+    """From raw frames to what is cached."""
+
+    def images(raw: np.ndarray) -> np.ndarray:
         return model.preprocess_images(torch.from_numpy(raw)).numpy()
 
-    return compute
-
-
-def _features(model: BaseModel, camera: str) -> Compute:
-    def compute(raw: np.ndarray) -> np.ndarray:
+    def features(raw: np.ndarray) -> np.ndarray:
+        assert isinstance(model, PrefixModel)  # `feature_cache_obstacle` refuses others
         with torch.inference_mode():
-            return model.encode_images(model.preprocess_images(torch.from_numpy(raw)), camera).float().numpy()
+            return model.encode_images(torch.from_numpy(images(raw)), camera).float().numpy()
 
-    return compute
+    return features if mode == "features" else images
 
 
 def _size_gb(demos: Demonstrations, model: BaseModel, mode: str) -> float:
     camera = model.cameras[0]
-    compute = _features(model, camera) if mode == "features" else _images(model)
-    row = compute(demos.frames(camera)[np.arange(1)])
+    row = _compute(model, camera, mode)(demos.frames(camera)[np.arange(1)])
     return row.nbytes * demos.folder.num_frames * len(model.cameras) / 1e9

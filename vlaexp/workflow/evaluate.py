@@ -74,7 +74,7 @@ def build_panel(cfg: DictConfig) -> Panel | None:
 def run_panel(named: NamedPolicy, panel: Panel, cfg: DictConfig) -> EvalResult:
     """Evaluate a policy in the environment of the configuration, or else in that of its training."""
     panel.check_disjoint(named.training_seeds)
-    env = named.env if cfg.env is None else resolved(cfg.env)
+    env = named.env if cfg.get("env") is None else resolved(cfg.env)
     if env is None:
         raise UserError(
             f"no environment is named and {named.descriptor['run']} was trained without one; set env=tabletop_pick "

@@ -184,7 +184,7 @@ def replay(cfg: DictConfig) -> NamedPolicy:
 
 
 def _environment(cfg: DictConfig) -> dict[str, Any]:
-    if cfg.env is None:
+    if cfg.get("env") is None:
         raise UserError("this policy needs an environment; set env=tabletop_pick (or another, see conf/env)")
     return resolved(cfg.env)
 

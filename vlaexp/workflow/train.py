@@ -163,8 +163,12 @@ def _chunks(cfg: DictConfig, parts: Parts) -> tuple[ChunkDataset, ChunkDataset |
     """Training and held-out data."""
     demos, head = parts.demos, parts.head
     frames, cached = training_frames(parts.config, demos, head.model, Path(cfg.outputs) / "cache")
-    train_part = demos.chunks(demos.split.train, frames, head.n_obs_steps, cached)
-    return train_part, demos.chunks(demos.split.val, frames, head.n_obs_steps, cached) if demos.split.val else None
+    parts_of_split = [
+        demos.chunks(episodes, frames, head.n_obs_steps, cached, head.model.label_steps) if episodes else None
+        for episodes in (demos.split.train, demos.split.val)
+    ]
+    assert parts_of_split[0] is not None
+    return parts_of_split[0], parts_of_split[1]
 
 
 def assign_cameras(demos: Demonstrations, slots: Sequence[str], guess: bool) -> None:

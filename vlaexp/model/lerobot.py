@@ -1,0 +1,374 @@
+"""`model=lerobot`: a policy of LeRobot 0.6.1, built, loaded, trained and asked as LeRobot itself would.
+
+`model.policy` is LeRobot's name (`act`, `diffusion`, `smolvla`, `pi0`, `pi05`, ...), `model.settings` are fields of its
+configuration. What vlaexp knows already goes into that configuration: LeRobot's `chunk_size` is `action_horizon`; the
+`horizon` of diffusion also counts the past steps, `action_horizon + n_obs_steps - 1`. The policy's own `n_action_steps`
+is the whole chunk, because some policies cut their prediction there; how much of it is executed is said by vlaexp's.
+
+What LeRobot leaves open is closed here:
+
+    random streams  each row of a batch has its own. ACT draws nothing; smolvla, pi0, pi05 and diffusion with DDIM take
+                    the row's noise; every other policy predicts one row at a time, seeded by the row's noise.
+    padded steps    labels beyond the episode repeat its nearest action. Their loss is masked by LeRobot, or here for
+                    pi0 and pi05; wall_x, xvla and pi0_fast know no mask: they are trained on the repeated action.
+    loading         LeRobot's loaders may only warn; here all tensors of the file must be in the policy, and conversely.
+
+Policies that read future images or a store of past steps of their own are refused with the reason.
+"""
+
+import contextlib
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import draccus
+import torch
+from huggingface_hub import constants, hf_hub_download
+from jaxtyping import Bool, Float
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.policies.factory import get_policy_class
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from torch import Tensor, nn
+
+from vlaexp.data_types import Observation
+from vlaexp.errors import UserError, nearest
+from vlaexp.model.base import BaseModel
+from vlaexp.model.layers import resize_with_pad
+from vlaexp.model.weights import fingerprint, read_safetensors
+
+WEIGHTS = "model.safetensors"
+DEFAULT_IMAGE_SIZE = (96, 96)
+PARTS = (  # of a parameter, by a pattern in its dotted name; the first that matches; `decoder` where none does
+    ("vision", r"^policy\.model\.backbone\.|\.(rgb_encoder|vision_tower|vision_model|visual)\."),
+    ("projector", r"\.(encoder_img_feat_input_proj|multi_modal_projector|connector)\."),
+    ("language", r"\.(language_model|text_model)\."),
+)
+FIXED = {  # fields that vlaexp sets, and the key that says them
+    "chunk_size": "action_horizon",
+    "horizon": "action_horizon",
+    "n_action_steps": "n_action_steps",
+    "input_features": "model.cameras and the dataset",
+    "output_features": "action_space and the dataset",
+    "pretrained_path": "model.weights",
+    "device": "trainer",
+    "use_peft": "lora",
+    "do_mask_loss_for_padding": "nothing: padded steps carry no loss",
+    "push_to_hub": "nothing: policies stay in their folder",
+}
+HUB_IDS = {  # that LeRobot's code names itself
+    "pi0": ["google/paligemma-3b-pt-224"],
+    "pi05": ["google/paligemma-3b-pt-224"],
+    "pi0_fast": ["google/paligemma-3b-pt-224", "lerobot/fast-action-tokenizer"],
+}
+DETERMINISTIC = ("act",)
+UNMASKED = ("pi0", "pi05")  # forward of their inner model returns the loss (B, H, A) of every number
+REFUSED = {
+    "vqbet": "it counts its two phases of training where no checkpoint sees them",
+    "multi_task_dit": "it predicts from a store of past steps of its own",
+    "tdmpc": "it plans by a world model that learns from rewards",
+    "gaussian_actor": "it learns from rewards",
+}
+
+
+class LeRobotPolicy(BaseModel):
+    """See the module docstring.
+
+    Args:
+        policy: LeRobot's name of the policy.
+        cameras: the camera slots, in order; LeRobot calls them `observation.images.<camera>`.
+        state_dim: width of the proprioceptive state.
+        action_dim: width of the action.
+        action_horizon: H, predicted steps.
+        settings: fields of the policy's configuration.
+        image_size: height and width that images are resized to (padded, aspect kept); None for those of the weights,
+            96 x 96 where there are none.
+        weights: a folder that LeRobot's `save_pretrained` made, a hub id, or None to start from random weights.
+    """
+
+    supported_heads = ("native",)
+
+    def __init__(
+        self,
+        policy: str,
+        cameras: Sequence[str],
+        state_dim: int,
+        action_dim: int,
+        action_horizon: int,
+        settings: Mapping[str, Any] | None = None,
+        image_size: Sequence[int] | None = None,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_name(policy)
+        self.name, self.cameras = policy, tuple(cameras)
+        self.action_horizon = action_horizon
+        with explained(policy):
+            saved = {} if weights is None else _read_config(policy, weights)
+            self.image_size = tuple(image_size or _image_size(saved))
+            features = {f"{OBS_IMAGES}.{name}": (FeatureType.VISUAL, (3, *self.image_size)) for name in self.cameras}
+            features |= {OBS_STATE: (FeatureType.STATE, (state_dim,)), ACTION: (FeatureType.ACTION, (action_dim,))}
+            config = _make_config(policy, saved, settings or {}, features, action_horizon)
+        self._set_steps(config)
+        with explained(policy, config):
+            self.policy = _make_policy(config, weights)
+        self._fingerprint = fingerprint(self.policy.state_dict())
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.policy.config
+
+    def _set_steps(self, config: PreTrainedConfig) -> None:
+        """Which steps the policy looks at and is trained on, in LeRobot's `delta_indices`."""
+        seen, labels = config.observation_delta_indices, config.action_delta_indices
+        if self.name in REFUSED or labels is None or (seen is not None and seen[-1] > 0):
+            reason = REFUSED.get(self.name, f"it reads images of the steps {seen} relative to the observation")
+            raise UserError(
+                f"model.policy={self.name} cannot be trained here: {reason}; choose act, diffusion or a VLA"
+            )
+        self._has_time = seen is not None
+        self.n_obs_steps = 1 if seen is None else len(seen)
+        self.label_steps = () if list(labels) == list(range(self.action_horizon)) else tuple(labels)
+
+    # ---- the tree ------------------------------------------------------------------------------------------------
+
+    def part_of(self, name: str) -> str:
+        return next((part for part, pattern in PARTS if re.search(pattern, f"{name}.")), "decoder")
+
+    def train(self, mode: bool = True) -> "LeRobotPolicy":
+        super().train(mode)
+        for module in self.modules():  # frozen batch normalization must not go on learning its statistics
+            if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        return self
+
+    def weights_fingerprint(self) -> str:
+        return self._fingerprint
+
+    # ---- in and out ----------------------------------------------------------------------------------------------
+
+    def preprocess_images(self, images: Tensor) -> Tensor:
+        return resize_with_pad(images, self.image_size)  # type: ignore[arg-type]
+
+    def image_pipeline(self) -> str:
+        height, width = self.image_size
+        return f"resize to fit {height}x{width}, bilinear with antialias, pad with black"
+
+    def inputs(self, observation: Observation) -> dict[str, Any]:
+        """An observation as LeRobot's batch: images float in [0, 1]; a time axis where the policy wants one."""
+        batch: dict[str, Any] = {"task": list(observation.instruction)}
+        for camera in self.cameras:
+            if camera not in observation.images:
+                raise UserError(
+                    f"the observation has no camera {camera!r}; it has {sorted(observation.images)}; map names in "
+                    "dataset.cameras or set model.cameras"
+                )
+            images = observation.images[camera]
+            small = self.preprocess_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            batch[f"{OBS_IMAGES}.{camera}"] = small.float() / 255
+        batch[OBS_STATE] = observation.state
+        if not self._has_time:
+            batch |= {key: value[:, -1] for key, value in batch.items() if isinstance(value, Tensor)}
+        return batch
+
+    def loss(self, batch: dict[str, Any], is_pad: Bool[Tensor, "B L"]) -> tuple[Tensor, dict[str, Any]]:
+        """LeRobot's loss of a preprocessed batch with `action` and `action_is_pad`, and the numbers it reports."""
+        if self.name not in UNMASKED:
+            loss, numbers = self.policy(batch)
+            return loss, numbers or {}
+        valid = (~is_pad).float()[..., None]
+        with _scaled(self.policy.model, valid / valid.mean()):  # type: ignore[arg-type]
+            return self.policy(batch)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of one row's noise: what the policy denoises, or enough numbers to seed its generator."""
+        config: Any = self.config
+        if self.name in ("smolvla", "pi0", "pi05"):
+            return (config.chunk_size, config.max_action_dim)
+        if self.name == "diffusion" and config.noise_scheduler_type == "DDIM":
+            return (config.horizon, config.action_feature.shape[0])
+        return (2,)
+
+    def predict(self, batch: dict[str, Any], noise: Float[Tensor, "B ..."]) -> Float[Tensor, "B H A"]:
+        """Normalized actions for a preprocessed batch; noise of `noise_shape` per row is all that is random."""
+        if self.name in DETERMINISTIC:
+            return self.policy.predict_action_chunk(batch)
+        if noise.ndim == 3:
+            return self.policy.predict_action_chunk(batch, noise=noise)
+        return torch.cat([self._predict_row(batch, row, noise[row]) for row in range(len(noise))])
+
+    def _predict_row(self, batch: dict[str, Any], row: int, noise: Float[Tensor, "2"]) -> Float[Tensor, "1 H A"]:
+        alone: dict[str, Any] = {k: v[row : row + 1] if isinstance(v, Tensor | list) else v for k, v in batch.items()}
+        devices = [noise.device.index or 0] if noise.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int.from_bytes(noise.cpu().numpy().tobytes()))
+            return self.policy.predict_action_chunk(alone)
+
+
+def _check_name(policy: str) -> None:
+    known = PreTrainedConfig.get_known_choices()
+    if policy not in known:
+        raise UserError(f"unknown model.policy {policy!r}; {nearest(policy, known)}")
+
+
+@contextlib.contextmanager
+def explained(policy: str, config: PreTrainedConfig | None = None) -> Iterator[None]:
+    """Missing packages and files of the hub as `UserError`s; what LeRobot prints goes to stderr."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except ImportError as error:
+        raise UserError(
+            f"model.policy={policy} needs a package that is not installed: {error}; take it for lerobot==0.6.1"
+        ) from error
+    except OSError as error:
+        named = {} if config is None else {k: v for k, v in vars(config).items() if _is_hub_id(v)}
+        names = [f"{key}={value}" for key, value in named.items()] or HUB_IDS.get(policy, ["see the error"])
+        raise UserError(
+            f"model.policy={policy} needs files that are not here ({type(error).__name__}: {_first_line(error)}); "
+            f"download {', '.join(names)} (`hf download NAME`) into HF_HUB_CACHE={constants.HF_HUB_CACHE}, or name a "
+            "local folder, or null, in model.settings"
+        ) from error
+
+
+def _is_hub_id(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _read_config(policy: str, weights: str) -> dict[str, Any]:
+    """The configuration saved beside the weights, as plain data."""
+    try:
+        config = PreTrainedConfig.from_pretrained(weights)
+    except OSError as error:
+        raise UserError(
+            f"model.weights={weights} is neither a folder of LeRobot's `save_pretrained` nor in HF_HUB_CACHE="
+            f"{constants.HF_HUB_CACHE} ({_first_line(error)}); get it with `hf download {weights}`, or give its folder"
+        ) from error
+    if config.type != policy:
+        raise UserError(f"model.weights={weights} holds a {config.type}, not model.policy={policy}; set model.policy")
+    return draccus.encode(config)  # type: ignore[return-value]
+
+
+def _image_size(saved: Mapping[str, Any]) -> tuple[int, ...]:
+    """Height and width of the first camera that the weights were trained with."""
+    shapes = [
+        feature["shape"] for feature in (saved.get("input_features") or {}).values() if len(feature["shape"]) == 3
+    ]
+    return tuple(shapes[0][1:]) if shapes else DEFAULT_IMAGE_SIZE
+
+
+def _make_config(
+    policy: str,
+    saved: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    features: Mapping[str, tuple[FeatureType, tuple[int, ...]]],
+    action_horizon: int,
+) -> PreTrainedConfig:
+    kind = PreTrainedConfig.get_choice_class(policy)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in settings:
+        if key not in fields:
+            raise UserError(f"model.settings has {key!r}, which {kind.__name__} lacks; {nearest(key, fields)}")
+        if key in FIXED:
+            raise UserError(f"model.settings.{key} is set by {FIXED[key]}; remove it from model.settings")
+    asked = {**saved, **settings}
+    horizon = action_horizon + int(asked.get("n_obs_steps", fields["n_obs_steps"].default)) - 1
+    if policy == "diffusion":
+        down_dims = asked.get("down_dims", fields["down_dims"].default)
+        _check_horizon(horizon, action_horizon, 2 ** len(down_dims))
+    fixed = {
+        "chunk_size": action_horizon,
+        "horizon": horizon,
+        "n_action_steps": action_horizon,
+        "do_mask_loss_for_padding": True,
+        "device": "cpu",
+        "push_to_hub": False,
+        "use_peft": False,
+        "pretrained_path": None,
+    }
+    known = {key: value for key, value in fixed.items() if key in fields}
+    try:
+        config = draccus.decode(kind, {key: value for key, value in asked.items() if key in fields} | known)
+    except (draccus.utils.DecodingError, draccus.utils.ParsingError) as error:
+        reason = error if isinstance(error, draccus.utils.DecodingError) else error.__cause__
+        raise UserError(
+            f"{kind.__name__} refuses model.settings={dict(settings)} with action_horizon={action_horizon}: {reason}; "
+            "correct model.settings or action_horizon"
+        ) from error
+    named = {key: PolicyFeature(type=kind, shape=shape) for key, (kind, shape) in features.items()}
+    config.input_features = {key: feature for key, feature in named.items() if key != ACTION}
+    config.output_features = {ACTION: named[ACTION]}
+    return config
+
+
+def _check_horizon(horizon: int, action_horizon: int, factor: int) -> None:
+    """The U-Net halves the trajectory once per entry of `down_dims`."""
+    if horizon % factor:
+        below = action_horizon - horizon % factor
+        fitting = [str(steps) for steps in (below, below + factor) if steps > 0]
+        raise UserError(
+            f"action_horizon={action_horizon} makes trajectories of {horizon} steps (with n_obs_steps), which the "
+            f"U-Net cannot halve {factor.bit_length() - 1} times; set action_horizon={' or '.join(fitting)}, or fewer "
+            "model.settings.down_dims"
+        )
+
+
+def _make_policy(config: PreTrainedConfig, weights: str | None) -> PreTrainedPolicy:
+    cls = get_policy_class(config.type)
+    try:
+        if weights is None:
+            return cls(config)
+        policy = cls.from_pretrained(weights, config=config, strict=True)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error  # `explained` says what to download
+        source = f" from model.weights={weights}" if weights else ""
+        raise UserError(
+            f"model.policy={config.type} cannot be built{source}: {error}; use model.settings, cameras, action space "
+            "and horizon that belong together"
+        ) from error
+    path = Path(weights) / WEIGHTS
+    check_loaded(policy, path if path.exists() else Path(hf_hub_download(weights, WEIGHTS)))
+    return policy
+
+
+def check_loaded(policy: PreTrainedPolicy, path: Path) -> None:
+    """Compare by content, because LeRobot renames keys on the way, and may return random weights with a warning.
+
+    Raises:
+        UserError: naming tensors of the policy that the file lacks, and conversely.
+    """
+    own = {name: _digest(value) for name, value in policy.state_dict().items()}
+    dtypes = {value.dtype for value in policy.state_dict().values()}
+    given = {name: {_digest(value.to(dtype)) for dtype in dtypes} for name, value in read_safetensors(path).items()}
+    held, offered = set(own.values()), set().union(*given.values())
+    random = [name for name, digest in own.items() if digest not in offered]
+    unused = [name for name, digests in given.items() if not digests & held]
+    if random or unused:
+        raise UserError(
+            f"weights in {path} do not fit {type(policy).__name__}: not loaded {unused[:5] or 'none'} ({len(unused)}); "
+            f"left random {random[:5] or 'none'} ({len(random)}); use the model.settings that belong to the weights"
+        )
+
+
+def _digest(tensor: Tensor) -> str:
+    return fingerprint({"": tensor})
+
+
+@contextlib.contextmanager
+def _scaled(module: nn.Module, scale: Tensor) -> Iterator[None]:
+    """For the while, `module.forward` returns its result times `scale`."""
+    plain = module.forward
+    module.forward = lambda *args, **kwargs: plain(*args, **kwargs) * scale  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward  # the class's own again
