@@ -14,9 +14,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlaexp.data_types import Observation
@@ -47,6 +47,39 @@ class Prefix:
     goal: Float[Tensor, "B G"] | None = None
 
 
+@runtime_checkable
+class ActionVocabulary(Protocol):
+    """The words by which a model's own language model spells actions; ids are those of its tokenizer.
+
+    Attributes:
+        bins: action tokens; bin k, counted upwards from the lowest action, has id `last - k`.
+        last: the largest action id.
+        start: id of the token before the first action token.
+        end: id of the token after the last one.
+    """
+
+    bins: int
+    last: int
+    start: int
+    end: int
+
+    def encode(self, action: Float[Tensor, "*B"]) -> Int[Tensor, "*B"]:
+        """Ids of numbers in [-1, 1]."""
+        ...
+
+    def decode(self, ids: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+        """Numbers in [-1, 1]."""
+        ...
+
+    def embed(self, ids: Int[Tensor, "B M"]) -> Float[Tensor, "B M D"]:
+        """Suffix embeddings."""
+        ...
+
+    def logits(self, hidden: Float[Tensor, "B M D"]) -> Float[Tensor, "B M words"]:
+        """Logits of the next token over the whole vocabulary."""
+        ...
+
+
 class BaseModel(nn.Module, ABC):
     """Base class of all base models; final classes fill the abstract methods."""
 
@@ -57,6 +90,8 @@ class BaseModel(nn.Module, ABC):
     supported_heads: tuple[str, ...]
     training_seeds: tuple[tuple[int, int], ...] = ()  # ranges of the episodes that the loaded weights were trained on
     reinitialized: tuple[str, ...] = ()  # prefixes of parameters that the loaded weights did not fit (another robot)
+    goal_dim: int = 0  # width of the predicted auxiliary goal; 0 where the model predicts none
+    crops_at_evaluation: bool = False  # images differ between training and evaluation, so features are not cached
 
     @abstractmethod
     def prefill(self, observation: Observation) -> Prefix:
@@ -105,6 +140,11 @@ class BaseModel(nn.Module, ABC):
 
     def input_stats(self) -> NormStats | None:
         """Statistics that the loaded weights' inputs were normalized with; None where any will do."""
+        return None
+
+    @property
+    def action_vocabulary(self) -> ActionVocabulary | None:
+        """The model's own action tokens; None where a head has to bring its own."""
         return None
 
     def pretrained_decoder(self, head: str, space: str) -> Path | None:

@@ -58,6 +58,13 @@ def choose_norm_stats(config: Mapping[str, Any], model: BaseModel, spec: ActionS
         chosen |= shipped.quantities
         sources.append(f"{', '.join(shipped.quantities)}: {shipped.source}")
     kept = replace(dataset, quantities={name: chosen[name] for name in dataset.quantities})
+    for name, theirs in kept.quantities.items():
+        given, expected = dataset.quantities[name].mean.shape[-1], theirs.mean.shape[-1]
+        if given != expected:
+            raise UserError(
+                f"the data's {name} has {given} dimensions, the statistics of the weights have {expected} "
+                f"({'; '.join(sources)}); choose another action_space, or weights without those statistics"
+            )
     return replace(kept, source="; ".join([*sources, f"others: {dataset.source}"])) if sources else kept
 
 

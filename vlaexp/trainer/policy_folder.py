@@ -39,7 +39,7 @@ def save_policy(
     head.norm_stats.save(partial / "norm_stats.json")
     head.spec.save(partial / "action_spec.json")
     if adapter is not None:
-        adapter.save_pretrained(str(partial / "adapter"))
+        adapter.save_pretrained(str(partial / "adapter"), save_embedding_layers=False)  # base weights stay out
     write(partial, {**manifest, "files": hash_folder(partial, ["*", "adapter/*"])})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -69,8 +69,8 @@ def build(cfg: DictConfig) -> Parts:
     statistics = demos.statistics()
     model = build_model(config, demos.state_dim, has_goal="goal" in statistics.quantities)
     norm_stats = choose_norm_stats(config, model, demos.spec, statistics)
-    if "goal" not in statistics.quantities and config["head"].get("goal_weight", 0) > 0:
-        print("the dataset has no tool targets, so the auxiliary goal loss is off", file=sys.stderr)
+    if not model.goal_dim and config["head"].get("goal_weight", 0) > 0:
+        print("no tool targets in the data or no goal in the model: the auxiliary goal loss is off", file=sys.stderr)
         config["head"]["goal_weight"] = 0.0
     head = build_head(config, model, demos.spec, norm_stats)
     freeze_parts(model, freeze)
