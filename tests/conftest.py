@@ -23,6 +23,14 @@ def no_config_dir(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def openvla_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny checkpoint in the published format of openvla-7b."""
+    from openvla_checkpoint import write
+
+    return write(tmp_path_factory.mktemp("openvla"))
+
+
+@pytest.fixture(scope="session")
 def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Outputs folder of the session; holds the dataset `tabletop_pick` of 8 demonstrations."""
     from vlaexp.config import compose

@@ -149,9 +149,9 @@ class Head(L.LightningModule, ABC):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 (adapters if "lora_" in name else others).append(parameter)
-        optimizer = self._optimizer([{"params": others}] if others else [])
+        optimizer = self._optimizer([{"params": others}])  # empty where the model's own decoder is the whole head
         if adapters:
-            base_lr = optimizer.defaults["lr"] if not others else optimizer.param_groups[0]["lr"]
+            base_lr = optimizer.param_groups[0]["lr"]
             optimizer.add_param_group({"params": adapters, "lr": base_lr * self._adapter_lr_ratio})
         scheduler = self._schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

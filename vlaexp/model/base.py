@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlaexp.data_types import Observation
@@ -50,6 +50,39 @@ class Prefix:
     goal: Float[Tensor, "B G"] | None = None
 
 
+@runtime_checkable
+class ActionVocabulary(Protocol):
+    """The words by which a model's own language model spells actions; ids are those of its tokenizer.
+
+    Attributes:
+        bins: action tokens; bin k, counted upwards from the lowest action, has id `last - k`.
+        last: the largest action id.
+        start: id of the token before the first action token.
+        end: id of the token after the last one.
+    """
+
+    bins: int
+    last: int
+    start: int
+    end: int
+
+    def encode(self, action: Float[Tensor, "*B"]) -> Int[Tensor, "*B"]:
+        """Ids of numbers in [-1, 1]."""
+        ...
+
+    def decode(self, ids: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+        """Numbers in [-1, 1]."""
+        ...
+
+    def embed(self, ids: Int[Tensor, "B M"]) -> Float[Tensor, "B M D"]:
+        """Suffix embeddings."""
+        ...
+
+    def logits(self, hidden: Float[Tensor, "B M D"]) -> Float[Tensor, "B M words"]:
+        """Logits of the next token over the whole vocabulary."""
+        ...
+
+
 class BaseModel(nn.Module, ABC):
     """Base class of all base models.
 
@@ -63,6 +96,8 @@ class BaseModel(nn.Module, ABC):
         reinitialized: prefixes of parameters that the loaded weights did not fit (another robot).
         landmarks: layers that freeze policies name, as paths: `embeddings` (token embedding) and `last_layer` of the
             language part.
+        goal_dim: width of the predicted auxiliary goal; 0 where the model predicts none.
+        crops_at_evaluation: images differ between training and evaluation, so features are not cached.
         large: `vlaexp plan` builds it without weights, on the meta device.
     """
 
@@ -73,6 +108,8 @@ class BaseModel(nn.Module, ABC):
     training_seeds: tuple[tuple[int, int], ...] = ()
     reinitialized: tuple[str, ...] = ()
     landmarks: Mapping[str, str] = MappingProxyType({})
+    goal_dim: int = 0
+    crops_at_evaluation: bool = False
     large: bool = False
 
     @abstractmethod
@@ -140,6 +177,11 @@ class PrefixModel(BaseModel):
         module = getattr(self, name)
         assert isinstance(module, nn.Module)
         return module
+
+    @property
+    def action_vocabulary(self) -> ActionVocabulary | None:
+        """The model's own action tokens; None where a head has to bring its own."""
+        return None
 
     def pretrained_decoder(self, head: str, space: str) -> Path | None:
         """Folder of the decoder that the model ships for this head and action space.

@@ -1,6 +1,8 @@
 """Weights on disk: strict loading, and the fingerprint that ties an adapter to its base."""
 
+import difflib
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlaexp.errors import UserError, nearest
+from vlaexp.errors import UserError
+
+MOST_NAMES = 5  # of a kind in an error
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -66,6 +70,18 @@ def copy_strictly(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source
     Raises:
         UserError: with the list of missing, unknown and wrongly shaped keys.
     """
+    check_fit(own, given, source)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(given[name])
+
+
+def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        UserError: with the list of missing, unknown and wrongly shaped keys.
+    """
     missing = sorted(set(own) - set(given))
     unknown = sorted(set(given) - set(own))
     wrong = [
@@ -74,15 +90,51 @@ def copy_strictly(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source
         if own[name].shape != given[name].shape
     ]
     if missing or unknown or wrong:
-        hints = [f"{name} ({nearest(name, own)})" for name in unknown[:3]]
+        close = {name: difflib.get_close_matches(name, own, n=1, cutoff=0.4) for name in unknown[:MOST_NAMES]}
+        hints = [f"{name} (nearest: {match[0]})" if match else name for name, match in close.items()]
         raise UserError(
-            f"weights in {source} do not fit the model: missing {missing or 'none'}; unknown {hints or 'none'}"
-            f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}; wrong shape {wrong or 'none'}; "
+            f"weights in {source} do not fit the model: missing {_few(missing, len(missing))}; unknown "
+            f"{_few(hints, len(unknown))}; wrong shape {_few(wrong, len(wrong))}; "
             "use the weights that belong to this configuration"
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(given[name])
+
+
+def _few(names: Sequence[str], count: int) -> str:
+    """The first of `count` names."""
+    if not names:
+        return "none"
+    shown = list(names[:MOST_NAMES])
+    return f"{shown} and {count - len(shown)} more" if count > len(shown) else f"{shown}"
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a folder: model.safetensors, or all shards that model.safetensors.index.json names.
+
+    Raises:
+        UserError: where a file is missing or damaged, shards and index disagree, or there are only pickled weights.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() and not index.exists():
+        return read_safetensors(single)
+    if not index.exists():
+        pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
+        raise UserError(
+            f"{folder} has no model.safetensors and no {index.name}"
+            f"{f', but {pickles}: pickles can run code, so they are not opened' if pickles else ''}; "
+            "download or convert the weights as safetensors"
+        )
+    try:
+        place: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is damaged ({error!r}); download it again") from error
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(place.values())):
+        found = read_safetensors(folder / shard)
+        listed = {name for name, file in place.items() if file == shard}
+        if odd := sorted(listed ^ set(found)):
+            raise UserError(f"{index.name} and {folder / shard} disagree on {_few(odd, len(odd))}; download both again")
+        tensors |= found
+    return tensors
 
 
 def _siblings(path: Path) -> str:

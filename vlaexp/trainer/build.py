@@ -1,6 +1,7 @@
 """From a resolved configuration to model, adapter and head; used alike by training and by loading a policy."""
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,11 +36,11 @@ class Built:
     ledger: Ledger
 
 
-def build(config: Mapping[str, Any], spec: ActionSpec, state_dim: int, statistics: NormStats) -> Built:
+def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: NormStats) -> Built:
     """Model, head and adapters of a configuration, ready to train.
 
     Args:
-        config: resolved configuration.
+        config: resolved configuration; its `goal_weight` is set to 0 where there is no goal to predict.
         spec: of the action to predict.
         state_dim: width of the state.
         statistics: of the training data; used where the weights bring none of their own.
@@ -48,6 +49,9 @@ def build(config: Mapping[str, Any], spec: ActionSpec, state_dim: int, statistic
     freeze: Freeze = instantiate(config["freeze"], _convert_="all")
     torch.manual_seed(config["seed"])  # of fresh adapters
     model = build_model(config, state_dim, has_goal="goal" in statistics.quantities, action_dim=spec.dim)
+    if not model.goal_dim and config["head"].get("goal_weight", 0) > 0:
+        print("no tool targets in the data or no goal in the model: the auxiliary goal loss is off", file=sys.stderr)
+        config["head"]["goal_weight"] = 0.0
     head = build_head(config, model, spec, choose_norm_stats(config, model, spec, statistics))
     freeze_parts(model, freeze)
     adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
@@ -99,6 +103,13 @@ def choose_norm_stats(config: Mapping[str, Any], model: BaseModel, spec: ActionS
         chosen |= shipped.quantities
         sources.append(f"{', '.join(shipped.quantities)}: {shipped.source}")
     kept = replace(dataset, quantities={name: chosen[name] for name in dataset.quantities})
+    for name, theirs in kept.quantities.items():
+        given, expected = dataset.quantities[name].mean.shape[-1], theirs.mean.shape[-1]
+        if given != expected:
+            raise UserError(
+                f"the data's {name} has {given} dimensions, the statistics of the weights have {expected} "
+                f"({'; '.join(sources)}); choose another action_space, or weights without those statistics"
+            )
     return replace(kept, source="; ".join([*sources, f"others: {dataset.source}"])) if sources else kept
 
 

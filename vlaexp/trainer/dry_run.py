@@ -26,22 +26,22 @@ def made_up_batch(head: Head, batch_size: int, seed: int = 0) -> Batch:
     device = next(head.parameters()).device
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(batch_size, *shape, generator=generator).to(device)
+    def normal(quantity: str, *steps: int) -> Tensor:
+        affine = head.norm_stats.affine(quantity)
+        return affine.unnormalize(torch.randn(batch_size, *steps, affine.centre.shape[-1], generator=generator))
 
     pixels = (batch_size, head.n_obs_steps, 3, IMAGE_SIZE, IMAGE_SIZE)
     images = {
         camera: torch.randint(0, 256, pixels, generator=generator, dtype=torch.uint8) for camera in head.model.cameras
     }
-    state = head.state_norm.unnormalize(normal(head.n_obs_steps, head.state_norm.centre.shape[-1]))
     words = [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(batch_size)]
-    goal = head.goal_norm
-    return Batch(
-        observation=Observation(images, state, words).to(device),
-        action=head.action_norm.unnormalize(normal(head.action_horizon, head.spec.dim)),
-        action_is_pad=torch.zeros(batch_size, head.action_horizon, dtype=torch.bool, device=device),
-        targets={} if goal is None else {"goal": goal.unnormalize(normal(goal.centre.shape[-1]))},
-    )
+    action = normal("action", head.action_horizon)
+    is_pad = torch.zeros(batch_size, head.action_horizon, dtype=torch.bool)
+    targets = {"goal": normal("goal")} if "goal" in head.norm_stats.quantities else {}
+    if steps := len(head.model.label_steps):
+        chosen = torch.arange(steps).clamp(max=head.action_horizon - 1)
+        targets |= {"label": action[:, chosen], "label_is_pad": is_pad[:, chosen]}
+    return Batch(Observation(images, normal("state", head.n_obs_steps), words), action, is_pad, targets).to(device)
 
 
 class MetaAutocast(TorchFunctionMode):

@@ -42,7 +42,7 @@ def save_policy(
     head.spec.save(partial / "action_spec.json")
     head.save_files(partial)
     if adapter is not None:
-        adapter.save_pretrained(str(partial / "adapter"))
+        adapter.save_pretrained(str(partial / "adapter"), save_embedding_layers=False)  # base weights stay out
     write(partial, {**manifest, "files": hash_folder(partial, ["*", "*/*"])})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -36,6 +36,8 @@ def feature_cache_obstacle(config: Mapping[str, Any], model: BaseModel) -> str |
         return "the vision part is trained (freeze= leaves it trainable, or lora.targets contains it)"
     if config["augmentation"]:
         return "images are augmented (set augmentation=none)"
+    if model.crops_at_evaluation:
+        return "the model crops images at evaluation (set model.center_crop=false)"
     if model.n_obs_steps != 1:
         return f"the model looks at {model.n_obs_steps} steps"
     return None

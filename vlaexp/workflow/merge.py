@@ -66,7 +66,7 @@ def merge(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 def _actions(head: Head, observation: Observation) -> Tensor:
     """Normalized actions, on one and the same noise."""
     with torch.inference_mode():
-        return head.action_norm.normalize(head.predict_action(observation).action)
+        return head.norm_stats.affine("action").normalize(head.predict_action(observation).action)
 
 
 def _write(folder: Path, head: Head, record: Mapping[str, Any]) -> None:

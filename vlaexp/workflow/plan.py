@@ -52,8 +52,6 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     gpu = None if cfg.gpu is None else find_gpu(cfg.gpu)
     usual = usual_demonstrations(cfg.transfer)
     shapes = _shapes(cfg)
-    if "goal" not in shapes.statistics.quantities:
-        config["head"]["goal_weight"] = 0.0
     built, device = _build(config, shapes)
     memory = {name: size / GIB for name, size in memory_bytes(built, config, settings).items()}
     memory["total"] = sum(memory.values())

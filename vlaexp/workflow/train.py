@@ -65,9 +65,6 @@ def build(cfg: DictConfig) -> Parts:
     demos = load_demonstrations(cfg)
     assign_cameras(demos, config["model"]["cameras"], guess=config["dataset"]["cameras"] == "auto")
     statistics = demos.statistics()
-    if "goal" not in statistics.quantities and config["head"].get("goal_weight", 0) > 0:
-        print("the dataset has no tool targets, so the auxiliary goal loss is off", file=sys.stderr)
-        config["head"]["goal_weight"] = 0.0
     built = build_policy(config, demos.spec, demos.state_dim, statistics)
     head = built.head
     content = {

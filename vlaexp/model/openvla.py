@@ -1,0 +1,283 @@
+"""`model=openvla_7b`: OpenVLA (Kim et al. 2024, arXiv 2406.09246) on timm's ViTs and transformers' Llama.
+
+    vision     DINOv2 and SigLIP, their patches joined by channel
+    projector  patches to embeddings of the language model
+    language   Llama-2: <s>, the patches of each camera, then the prompt
+    decoder    the language model's head, whose last 256 words are actions
+
+The prompt is "In: What action should the robot take to {instruction}?\\nOut:" in lower case. The empty word (id 29871)
+that stands before the action tokens is the first token of a suffix, so that every suffix continues the same prefix.
+
+Suffixes run through the language model itself: action tokens as `causal`, placeholders and noised actions as
+`bidirectional` suffixes in the manner of OpenVLA-OFT (arXiv 2502.19645), except that there the prompt sees the actions
+too, which would forbid to compute it once. Proprioception is not read; the published model has none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
+
+from vlaexp.data_types import Observation
+from vlaexp.dataset.augment import central_crop
+from vlaexp.dataset.normalize import NormStats
+from vlaexp.errors import UserError
+from vlaexp.model.action_tokenizer import ActionTokenizer
+from vlaexp.model.base import BaseModel, MaskKind, Prefix
+from vlaexp.model.layers import KeysValues
+from vlaexp.model.openvla_checkpoint import (
+    PUBLISHED,
+    OpenVLAConfig,
+    UnnormMode,
+    action_statistics,
+    locate,
+    published_name,
+    read_tokenizer,
+)
+from vlaexp.model.openvla_vision import Projector, Vision, resize
+from vlaexp.model.weights import check_fit, fingerprint, read_shards
+
+EMPTY_WORD = "\u2581"
+
+
+class Decoder(nn.Module):
+    """The language model's head."""
+
+    def __init__(self, width: int, words: int) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(width, words, bias=False)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of each layer so far, and which of their tokens are real."""
+
+    layers: tuple[KeysValues, ...]
+    mask: Bool[Tensor, "B L"]
+
+
+class LayerCache:
+    """What transformers' attention wants to `update`; it hands over the new keys and values without keeping the old."""
+
+    def __init__(self, past: KeysValues | None) -> None:
+        self.keys_values = past
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> KeysValues:
+        if self.keys_values is not None:
+            keys, values = torch.cat([self.keys_values[0], keys], 2), torch.cat([self.keys_values[1], values], 2)
+        self.keys_values = keys, values
+        return self.keys_values
+
+
+class Vocabulary:
+    """Llama's words for actions, `vlaexp.model.base.ActionVocabulary`."""
+
+    def __init__(
+        self, tokenizer: ActionTokenizer, start: int, end: int, words: nn.Embedding, lm_head: nn.Module
+    ) -> None:
+        self.bins, self.last = tokenizer.bins, tokenizer.vocabulary - 1
+        self.start, self.end = start, end
+        self.encode, self.decode = tokenizer.encode, tokenizer.decode
+        self._words, self._lm_head = words, lm_head
+
+    def embed(self, ids: Int[Tensor, "B M"]) -> Float[Tensor, "B M D"]:
+        return self._words(ids)
+
+    def logits(self, hidden: Float[Tensor, "B M D"]) -> Float[Tensor, "B M words"]:
+        return self._lm_head(hidden.to(self._words.weight.dtype)).float()
+
+
+class OpenVLA(BaseModel):
+    """See the module docstring. On the meta device nothing but a local config.json is read.
+
+    Args:
+        cameras: the camera slots; one for the published model, several as in OpenVLA-OFT.
+        state_dim, goal_dim: of the data; the model reads neither.
+        weights: a folder in the published format, or a hub id.
+        revision: commit or branch of a hub id.
+        unnorm_key: the pretraining dataset whose action statistics are used; None for those of the training data.
+        unnorm_mode: the range that the checkpoint calls [-1, 1].
+        dtype: of the weights; None for that of the checkpoint.
+        center_crop: evaluate on the central 90% of the image's area; for policies trained with augmentation=openvla.
+        gradient_checkpointing: compute activations again in the backward pass, layer by layer.
+    """
+
+    n_obs_steps = 1
+    plan_width = 0
+    supported_heads = ("regression", "joint", "ee_delta", "discrete_token", "flow")
+
+    def __init__(
+        self,
+        cameras: Sequence[str],
+        state_dim: int | None,
+        goal_dim: int,
+        weights: str = PUBLISHED,
+        revision: str | None = None,
+        unnorm_key: str | None = None,
+        unnorm_mode: UnnormMode = "q01_q99",
+        dtype: Literal["float32", "bfloat16"] | None = None,
+        center_crop: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if not cameras:
+            raise UserError("model.cameras=[]; OpenVLA needs at least one camera, as in model.cameras=[front]")
+        self.cameras = tuple(cameras)
+        on_meta = torch.get_default_device().type == "meta"
+        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision)
+        config = OpenVLAConfig() if folder is None else OpenVLAConfig.read(folder)
+        text = config.llama()
+        text._attn_implementation = "sdpa"
+        self.config, self.width = config, text.hidden_size
+        self.crops_at_evaluation, self._checkpointing = center_crop, gradient_checkpointing
+        self._weights, self._unnorm_key = weights, unnorm_key
+        self._unnorm_mode: UnnormMode = unnorm_mode
+        with torch.device("meta"):  # the weights bring their own memory
+            self.vision = Vision(config)
+            self.projector = Projector(self.vision.width, self.width)
+            self.language = LlamaModel(text)
+            self.decoder = Decoder(self.width, text.vocab_size)
+        self.action_tokenizer = ActionTokenizer(config.vocabulary, config.n_action_bins)
+        self._fingerprint = "no weights on the meta device"
+        if on_meta:
+            return
+        assert folder is not None
+        self.tokenizer = read_tokenizer(folder, config)
+        self._bos, self._end, self._empty = (self._id(word) for word in ("<s>", "</s>", EMPTY_WORD))
+        own = self.state_dict()
+        given = read_shards(folder)
+        check_fit({published_name(name): value for name, value in own.items()}, given, str(folder))
+        wanted = None if dtype is None else getattr(torch, dtype)
+        self.load_state_dict({name: given[published_name(name)].to(wanted) for name in own}, assign=True)
+        self.language.rotary_emb = LlamaRotaryEmbedding(text)  # its frequencies are in no file
+        self._fingerprint = fingerprint(self.state_dict())
+        self.input_stats()  # an unknown key shall fail here
+
+    def _id(self, word: str) -> int:
+        found = self.tokenizer.token_to_id(word)
+        if found is None:
+            raise UserError(f"the tokenizer in {self._weights} lacks {word!r}; use Llama's, as the checkpoint has it")
+        return found
+
+    @property
+    def action_vocabulary(self) -> Vocabulary:
+        # asked anew each time, because an adapter takes the place of `lm_head`
+        words, lm_head = self.language.embed_tokens, self.decoder.lm_head
+        assert isinstance(words, nn.Embedding)
+        return Vocabulary(self.action_tokenizer, self._empty, self._end, words, lm_head)
+
+    def input_stats(self) -> NormStats | None:
+        if self._unnorm_key is None:
+            return None
+        action = action_statistics(self.config.norm_stats, self._unnorm_key, self._unnorm_mode)
+        return NormStats({"action": action}, {}, f"{self._unnorm_key} of {self._weights}")
+
+    def weights_fingerprint(self) -> str:
+        return self._fingerprint
+
+    def preprocess_images(self, images: Tensor) -> Tensor:
+        return resize(images, self.vision.size)
+
+    def image_pipeline(self) -> str:
+        size = self.vision.size
+        crop = ", central 90% of the area at evaluation" if self.crops_at_evaluation else ""
+        return f"resize to {size}x{size}, aspect not kept, bicubic with antialias{crop}"
+
+    def encode_images(self, images: Tensor, camera: str) -> Tensor:
+        if self.crops_at_evaluation and not self.training:
+            images = central_crop(images)
+        return self.vision(images)
+
+    def prompt(self, instruction: str) -> list[int]:
+        """Token ids of an instruction, up to the colon after `Out`."""
+        text = f"In: What action should the robot take to {instruction.lower()}?\nOut:"
+        return [self._bos, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def prefill(self, observation: Observation) -> Prefix:
+        device = observation.state.device
+        prompts = [torch.tensor(self.prompt(text), device=device) for text in observation.instruction]
+        ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        words = self.language.embed_tokens(ids)
+        patches = torch.cat([self.projector(features) for features in self._features(observation)], 1)
+        seen = real.new_ones(patches.shape[:2])
+        # right after <s>; padding comes last, so that the positions of what is real count up without a gap
+        x = torch.cat([words[:, :1], patches.to(words.dtype), words[:, 1:]], 1)
+        mask = torch.cat([real[:, :1], seen, real[:, 1:]], 1)
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=device).tril()
+        positions = torch.arange(x.shape[1], device=device).expand(len(x), -1)
+        hidden, layers = self._run(x, positions, (causal & mask[:, None])[:, None], None)
+        return Prefix(hidden, mask, Cache(layers, mask))
+
+    def extend(
+        self, prefix: Prefix, suffix: Float[Tensor, "B M D"], mask_kind: MaskKind
+    ) -> tuple[Float[Tensor, "B M D"], Prefix]:
+        cache = prefix.cache
+        assert isinstance(cache, Cache)
+        count = suffix.shape[1]
+        among = torch.ones(count, count, dtype=torch.bool, device=suffix.device)
+        among = among.tril() if mask_kind == "causal" else among
+        attend = torch.cat([cache.mask[:, None].expand(-1, count, -1), among.expand(len(suffix), -1, -1)], 2)
+        positions = cache.mask.sum(1, keepdim=True) + torch.arange(count, device=suffix.device)
+        x = suffix.to(self.language.embed_tokens.weight.dtype)
+        hidden, layers = self._run(x, positions, attend[:, None], cache.layers)
+        mask = torch.cat([cache.mask, cache.mask.new_ones(suffix.shape[:2])], 1)
+        return hidden, replace(prefix, cache=Cache(layers, mask))
+
+    def repeat(self, prefix: Prefix, times: int) -> Prefix:
+        def again(x: Tensor) -> Tensor:
+            return x.repeat(times, *[1] * (x.ndim - 1))
+
+        cache = prefix.cache
+        assert isinstance(cache, Cache)
+        layers = tuple((again(keys), again(values)) for keys, values in cache.layers)
+        return Prefix(again(prefix.hidden), again(prefix.mask), Cache(layers, again(cache.mask)))
+
+    def _features(self, observation: Observation) -> list[Tensor]:
+        if observation.features is not None:
+            return [observation.features[camera] for camera in self.cameras]
+        missing = [camera for camera in self.cameras if camera not in observation.images]
+        if missing:
+            raise UserError(
+                f"the observation has no camera {missing}; it has {sorted(observation.images)}, model=openvla_7b reads "
+                f"{list(self.cameras)}; map names in dataset.cameras or set model.cameras"
+            )
+        return [
+            self.encode_images(self.preprocess_images(observation.images[camera][:, -1]), camera)
+            for camera in self.cameras
+        ]
+
+    def _run(
+        self,
+        x: Float[Tensor, "B M D"],
+        positions: Int[Tensor, "B M"],
+        attend: Bool[Tensor, "B 1 M L"],
+        past: tuple[KeysValues, ...] | None,
+    ) -> tuple[Float[Tensor, "B M D"], tuple[KeysValues, ...]]:
+        """The language model's layers after `past`: hidden states in float32, and each layer's keys and values."""
+        rotary = self.language.rotary_emb(x, positions)
+        layers = []
+        for i, layer in enumerate(self.language.layers):
+            args = (layer, x, attend, rotary, None if past is None else past[i])
+            if self._checkpointing and self.training:
+                # transformers' own checkpointing would switch keys and values off
+                x, keys_values = checkpoint(_layer, *args, use_reentrant=False)  # type: ignore[misc]
+            else:
+                x, keys_values = _layer(*args)
+            layers.append(keys_values)
+        return self.language.norm(x).float(), tuple(layers)
+
+
+def _layer(
+    layer: nn.Module, x: Tensor, attend: Tensor, rotary: Any, past: KeysValues | None
+) -> tuple[Tensor, KeysValues]:
+    cache = LayerCache(past)
+    x = layer(x, attention_mask=attend, position_embeddings=rotary, past_key_values=cache)
+    assert cache.keys_values is not None
+    return x, cache.keys_values

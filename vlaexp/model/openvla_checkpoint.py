@@ -1,0 +1,191 @@
+"""The published format of openvla/openvla-7b on disk, read as data: sizes, weights, tokenizer, action statistics.
+
+    config.json  preprocessor_config.json  tokenizer.json  model.safetensors, or shards and model.safetensors.index.json
+    dataset_statistics.json   of a fine-tuned checkpoint; wins over config.json's norm_stats
+
+No code of a checkpoint is run and no pickle is opened. Where a checkpoint's own files disagree with the published 7B
+model, the checkpoint is right: RMS epsilon, rotary base and all sizes are read from it.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tokenizers import Tokenizer
+from transformers import LlamaConfig
+
+from vlaexp.dataset.normalize import Statistics
+from vlaexp.errors import UserError, nearest
+
+UnnormMode = Literal["min_max", "q01_q99"]
+PUBLISHED = "openvla/openvla-7b"
+FILES = ("*.json", "*.safetensors")
+EXPECTED = {
+    "model_type": "openvla",
+    "arch_specifier": "no-align+fused-gelu-mlp",
+    "use_fused_vision_backbone": True,
+    "image_resize_strategy": "resize-naive",
+}
+
+
+@dataclass(frozen=True)
+class OpenVLAConfig:
+    """Sizes and constants; the defaults are those of openvla-7b.
+
+    Attributes:
+        timm_model_ids: the two towers.
+        timm_model_args: further arguments of `timm.create_model` for each, by which a smaller tower of the same kind is
+            named; published checkpoints have none.
+        timm_override_act_layers: name of each tower's activation; None for exact GELU.
+        image_sizes: side in pixels of each tower's square image.
+        means, stds: normalization of pixels in [0, 1] for each tower, by channel.
+        text: arguments of transformers' LlamaConfig.
+        n_action_bins: action tokens at the end of the tokenizer's vocabulary.
+        pad_to_multiple_of: rows of the embedding beyond the tokenizer's vocabulary.
+        norm_stats: action statistics by dataset.
+    """
+
+    timm_model_ids: tuple[str, str] = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
+    timm_model_args: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+    timm_override_act_layers: tuple[str | None, str | None] = (None, None)
+    image_sizes: tuple[int, int] = (224, 224)
+    means: tuple[tuple[float, ...], ...] = ((0.485, 0.456, 0.406), (0.5, 0.5, 0.5))
+    stds: tuple[tuple[float, ...], ...] = ((0.229, 0.224, 0.225), (0.5, 0.5, 0.5))
+    text: Mapping[str, Any] = field(default_factory=lambda: {"vocab_size": 32064, "pad_token_id": 32000})
+    n_action_bins: int = 256
+    pad_to_multiple_of: int = 64
+    norm_stats: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "OpenVLAConfig":
+        """The configuration of a checkpoint folder.
+
+        Raises:
+            UserError: where a file is missing or damaged, or describes another architecture.
+        """
+        config, pixels = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
+        expected = EXPECTED | {"text_config.model_type": "llama", "interpolations": ["bicubic", "bicubic"]}
+        text = config.get("text_config", {})
+        found = config | {"text_config.model_type": text.get("model_type")}
+        found["interpolations"] = pixels.get("interpolations")
+        if other := {key: found.get(key) for key, value in expected.items() if found.get(key) != value}:
+            wanted = {key: expected[key] for key in other}
+            raise UserError(f"{folder} is no OpenVLA checkpoint: it has {other}, expected {wanted}; set model.weights")
+        if len({*config["image_sizes"]}) != 1:
+            raise UserError(f"{folder} has image_sizes {config['image_sizes']}; expected one size for both towers")
+        statistics = folder / "dataset_statistics.json"
+        given = {key: config[key] for key in ("n_action_bins", "pad_to_multiple_of") if key in config}
+        return cls(
+            timm_model_ids=tuple(config["timm_model_ids"]),
+            timm_model_args=tuple(config.get("timm_model_args", ({}, {}))),
+            timm_override_act_layers=tuple(config["timm_override_act_layers"]),
+            image_sizes=tuple(config["image_sizes"]),
+            means=tuple(tuple(values) for values in pixels["means"]),
+            stds=tuple(tuple(values) for values in pixels["stds"]),
+            text=text,
+            norm_stats=_json(statistics) if statistics.exists() else config.get("norm_stats") or {},
+            **given,
+        )
+
+    def llama(self) -> LlamaConfig:
+        """The language model's configuration; its own defaults fill what the checkpoint leaves out."""
+        return LlamaConfig(**{key: value for key, value in self.text.items() if key != "model_type"})
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the tokenizer, without the padding of the embedding."""
+        return int(self.text["vocab_size"]) - self.pad_to_multiple_of
+
+
+def locate(weights: str, revision: str | None) -> Path:
+    """The checkpoint's folder: `weights` itself, or a snapshot of that model on the hub.
+
+    Raises:
+        UserError: where it is neither, or the hub cannot be reached and holds no earlier download.
+    """
+    folder = Path(weights).expanduser()
+    if folder.is_dir():
+        return folder
+    advice = f"download {' and '.join(FILES)} of it into a folder and set model.weights=FOLDER"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
+        raise UserError(f"model.weights={weights} is no folder; for {PUBLISHED}: {advice}")
+    try:
+        return Path(snapshot_download(weights, revision=revision, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.weights={weights} is no folder, and the hub did not give it ({reason}); {advice}"
+        ) from error
+
+
+def published_name(name: str) -> str:
+    """The name that a parameter of `OpenVLA` has in published weights."""
+    for ours, theirs in (
+        ("vision.", "vision_backbone."),
+        ("language.", "language_model.model."),
+        ("decoder.", "language_model."),
+    ):
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+    return re.sub(r"\.(ls[12])\.gamma$", r".\1.scale_factor", name)  # transformers once renamed every `gamma`
+
+
+def read_tokenizer(folder: Path, config: OpenVLAConfig) -> Tokenizer:
+    """Llama's tokenizer.
+
+    Raises:
+        UserError: where it is missing or damaged, or has another vocabulary than the model.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{folder} lacks tokenizer.json; download it from the hub (a tokenizer.model alone won't do)")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path} is damaged ({error}); download it again") from error
+    size = tokenizer.get_vocab_size(with_added_tokens=False)
+    if size != config.vocabulary:
+        raise UserError(
+            f"{path} has {size} entries, the model {config.vocabulary} (vocab_size {config.text['vocab_size']} less "
+            f"pad_to_multiple_of {config.pad_to_multiple_of}); use the tokenizer of this checkpoint"
+        )
+    return tokenizer
+
+
+def action_statistics(norm_stats: Mapping[str, Any], key: str, mode: UnnormMode = "q01_q99") -> Statistics:
+    """Statistics of the actions of a pretraining dataset, for `vlaexp.dataset.normalize`.
+
+    Where the published mask is false (a gripper from 0 to 1) actions were left as they are; a range from -1 to 1 says
+    the same.
+
+    Args:
+        norm_stats: of the checkpoint.
+        key: name of the dataset; `_no_noops` may be left out.
+        mode: the range that became [-1, 1].
+    """
+    found = next((name for name in (key, f"{key}_no_noops") if name in norm_stats), None)
+    if found is None:
+        raise UserError(
+            f"model.unnorm_key={key} is not in the checkpoint's norm_stats ({nearest(key, norm_stats)}); set "
+            "model.unnorm_key to the dataset whose actions you want, or null for statistics of your own data"
+        )
+    stats = norm_stats[found]["action"]
+    mask = np.asarray(stats.get("mask", [True] * len(stats["q01"])), dtype=bool)
+    ranges = {"min": -1.0, "max": 1.0, "q01": -1.0, "q99": 1.0}
+    values = {name: np.where(mask, stats[name], unmasked) for name, unmasked in ranges.items()}
+    return Statistics(mode, np.asarray(stats["mean"]), np.asarray(stats["std"]), **values)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} is missing or damaged ({error}); model.weights wants the files of {PUBLISHED}: copy them all"
+        ) from error
