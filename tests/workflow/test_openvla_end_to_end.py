@@ -22,7 +22,7 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS)
 def test_train_save_load_act(head: str, small: list[str], outputs: Path, openvla_weights: Path) -> None:
     model = ["model=openvla_7b", f"model.weights={openvla_weights}", "lora=r4", "freeze=all"]
-    parts = ["lora.parts=[vision,projector,language,decoder]", "augmentation=none", "name=openvla"]
+    parts = ["lora.targets=all-linear", "augmentation=none", "name=openvla"]
     steps = ["trainer.max_steps=2", "trainer.batch_size=2", "trainer.max_val_samples=4", "cache.mode=none"]
     overrides = [*(key for key in small if "weights" not in key), *model, *parts, *steps, *HEADS[head]]
     assert cli.main(["train", *overrides]) == 0

@@ -13,8 +13,10 @@ Suffixes run through the language model itself: action tokens as `causal`, place
 too, which would forbid to compute it once. Proprioception is not read; the published model has none.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,7 +30,7 @@ from vlaexp.dataset.augment import central_crop
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.model.action_tokenizer import ActionTokenizer
-from vlaexp.model.base import BaseModel, MaskKind, Prefix
+from vlaexp.model.base import MaskKind, Prefix, PrefixModel
 from vlaexp.model.layers import KeysValues
 from vlaexp.model.openvla_checkpoint import (
     PUBLISHED,
@@ -38,11 +40,15 @@ from vlaexp.model.openvla_checkpoint import (
     locate,
     published_name,
     read_tokenizer,
+    save_checkpoint,
 )
 from vlaexp.model.openvla_vision import Projector, Vision, resize
 from vlaexp.model.weights import check_fit, fingerprint, read_shards
 
-EMPTY_WORD = "\u2581"
+EMPTY_WORD, EMPTY_ID = "\u2581", 29871  # as Llama-2 has it
+SEEDS_FILE = "training_seeds.json"  # of merged weights: ranges of the episodes that they have seen
+PUBLISHED_DTYPE = "bfloat16"
+PROMPT_LENGTH = 25  # tokens of a usual prompt, for the meta device, where there is no tokenizer
 
 
 class Decoder(nn.Module):
@@ -92,7 +98,7 @@ class Vocabulary:
         return self._lm_head(hidden.to(self._words.weight.dtype)).float()
 
 
-class OpenVLA(BaseModel):
+class OpenVLA(PrefixModel):
     """See the module docstring. On the meta device nothing but a local config.json is read.
 
     Args:
@@ -109,6 +115,7 @@ class OpenVLA(BaseModel):
 
     n_obs_steps = 1
     plan_width = 0
+    large = True
     supported_heads = ("regression", "joint", "ee_delta", "discrete_token", "flow")
 
     def __init__(
@@ -143,10 +150,17 @@ class OpenVLA(BaseModel):
             self.language = LlamaModel(text)
             self.decoder = Decoder(self.width, text.vocab_size)
         self.action_tokenizer = ActionTokenizer(config.vocabulary, config.n_action_bins)
+        self.landmarks = {
+            "embeddings": "language.embed_tokens",
+            "last_layer": f"language.layers.{text.num_hidden_layers - 1}",
+        }
         self._fingerprint = "no weights on the meta device"
+        self._bos, self._end, self._empty, self.tokenizer = 1, 2, EMPTY_ID, None
         if on_meta:
+            self.to(getattr(torch, dtype or PUBLISHED_DTYPE))
             return
         assert folder is not None
+        self._folder = folder
         self.tokenizer = read_tokenizer(folder, config)
         self._bos, self._end, self._empty = (self._id(word) for word in ("<s>", "</s>", EMPTY_WORD))
         own = self.state_dict()
@@ -156,9 +170,12 @@ class OpenVLA(BaseModel):
         self.load_state_dict({name: given[published_name(name)].to(wanted) for name in own}, assign=True)
         self.language.rotary_emb = LlamaRotaryEmbedding(text)  # its frequencies are in no file
         self._fingerprint = fingerprint(self.state_dict())
+        if (folder / SEEDS_FILE).exists():
+            self.training_seeds = tuple((low, high) for low, high in json.loads((folder / SEEDS_FILE).read_text()))
         self.input_stats()  # an unknown key shall fail here
 
     def _id(self, word: str) -> int:
+        assert self.tokenizer is not None
         found = self.tokenizer.token_to_id(word)
         if found is None:
             raise UserError(f"the tokenizer in {self._weights} lacks {word!r}; use Llama's, as the checkpoint has it")
@@ -180,6 +197,16 @@ class OpenVLA(BaseModel):
     def weights_fingerprint(self) -> str:
         return self._fingerprint
 
+    def pretrained_decoder(self, head: str, space: str) -> Path | None:
+        folder = Path(self._weights).expanduser() / f"{head}_{space}"
+        return folder if folder.is_dir() else None
+
+    def save_weights(self, folder: Path, input_stats: NormStats, training_seeds: Sequence[tuple[int, int]]) -> None:
+        """In the published format, the language model's head included, with two more files."""
+        save_checkpoint(folder, self._folder, {published_name(name): t for name, t in self.state_dict().items()})
+        input_stats.save(folder / "norm_stats.json")
+        (folder / SEEDS_FILE).write_text(json.dumps(training_seeds) + "\n")
+
     def preprocess_images(self, images: Tensor) -> Tensor:
         return resize(images, self.vision.size)
 
@@ -195,6 +222,8 @@ class OpenVLA(BaseModel):
 
     def prompt(self, instruction: str) -> list[int]:
         """Token ids of an instruction, up to the colon after `Out`."""
+        if self.tokenizer is None:
+            return [self._bos] * PROMPT_LENGTH
         text = f"In: What action should the robot take to {instruction.lower()}?\nOut:"
         return [self._bos, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 

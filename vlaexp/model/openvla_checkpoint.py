@@ -9,15 +9,17 @@ model, the checkpoint is right: RMS epsilon, rotary base and all sizes are read 
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from huggingface_hub import snapshot_download
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import LlamaConfig
 
 from vlaexp.dataset.normalize import Statistics
@@ -156,6 +158,14 @@ def read_tokenizer(folder: Path, config: OpenVLAConfig) -> Tokenizer:
             f"pad_to_multiple_of {config.pad_to_multiple_of}); use the tokenizer of this checkpoint"
         )
     return tokenizer
+
+
+def save_checkpoint(folder: Path, source: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write weights by their published names, and all that `source` holds beside its own."""
+    for path in source.glob("*.json"):
+        if path.name != "model.safetensors.index.json":
+            shutil.copy(path, folder / path.name)
+    save_torch_state_dict(dict(tensors), folder, metadata={"format": "pt"})
 
 
 def action_statistics(norm_stats: Mapping[str, Any], key: str, mode: UnnormMode = "q01_q99") -> Statistics:

@@ -77,8 +77,6 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
 
 def _build(config: dict[str, Any], shapes: Shapes) -> tuple[Built, str]:
     large = get_class(config["model"]["_target_"]).large
-    if large:
-        config["model"]["weights"] = None
     with torch.device("meta") if large else nullcontext():
         built = build(config, shapes.spec, shapes.state_dim, shapes.statistics)
     return built, "meta" if large else "cpu"
