@@ -1,0 +1,192 @@
+"""Base x head x {head only, LoRA, full} at tiny size through the true entry point.
+
+One training step with validation, save, load, act; the same action after loading. By default every pair of values is in
+some combination, the full grid is slow. What cannot be combined is refused with the reason; docs/combinations.md is
+the table of it (`VLAEXP_WRITE_DOCS=1` writes it anew).
+"""
+
+import os
+import subprocess
+import sys
+from itertools import combinations, product
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import get_class
+
+from vlaexp import cli
+from vlaexp.config import compose
+from vlaexp.data_types import Observation
+from vlaexp.errors import UserError
+from vlaexp.head.base import Head
+from vlaexp.trainer.policy_folder import load_policy
+from vlaexp.workflow.train import build
+
+DOCS = Path(__file__).parents[2] / "docs" / "combinations.md"
+ACT = "{dim_model: 32, n_heads: 2, dim_feedforward: 32, n_encoder_layers: 1, n_vae_encoder_layers: 1, "
+BASES = {
+    "tiny": ["model.image_size=16", "model.width=32", "model.depth=1", "model.decoder_depth=1", "model.weights=null"],
+    "openvla_7b": ["model.weights=@openvla"],
+    "lerobot": [f"model.settings={ACT}pretrained_backbone_weights: null}}", "model.image_size=[32,32]"],
+}
+HEADS = {
+    "linear": [],
+    "regression": [],
+    "joint": [],
+    "ee_delta": [],
+    "discrete_token": ["head.bins=256"],
+    "flow": ["head.num_steps=2", "head.samples_per_observation=1"],
+    "native": ["action_space=joint"],
+}
+ADAPTATIONS = {
+    "head only": ["lora=none", "freeze=backbone"],
+    "LoRA": ["lora=r4", "freeze=all", "lora.targets=all-linear"],
+    "full": ["lora=none", "freeze=none"],
+}
+SHORT = ["trainer.max_steps=1", "trainer.val_interval=1", "trainer.batch_size=2", "trainer.max_val_samples=2"]
+SPARE = ["augmentation=none", "action_horizon=2", "n_action_steps=1", "cache.mode=none", "name=grid"]
+
+
+def head_class(head: str) -> type[Head]:
+    return get_class(compose("train", [f"head={head}"]).head._target_)
+
+
+def model_class(base: str) -> type:
+    return get_class(compose("train", [f"model={base}"]).model._target_)
+
+
+def obstacle(base: str, head: str) -> str | None:
+    """Why they don't go together, or None."""
+    if head not in model_class(base).supported_heads:
+        return f"needs {head_class(head).needs}"
+    return None
+
+
+GRID = list(product(BASES, HEADS, ADAPTATIONS))
+POSSIBLE = [point for point in GRID if obstacle(*point[:2]) is None]
+
+
+def pairwise(points: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Some of them, so that every pair of values of two axes that occurs at all is among them (greedy)."""
+
+    def pairs(point: tuple[str, ...]) -> set[tuple[tuple[int, str], ...]]:
+        return set(combinations(enumerate(point), 2))
+
+    missing, chosen = set().union(*map(pairs, points)), []
+    while missing:
+        best = max(points, key=lambda point: len(pairs(point) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+PAIRS = pairwise(POSSIBLE)
+
+
+@pytest.fixture
+def overrides(small: list[str], openvla_weights: Path) -> dict[str, list[str]]:
+    """Of each base."""
+    common = [key for key in small if not key.startswith("model.weights")]
+    made = {"openvla": openvla_weights}
+    return {
+        base: [*common, *SHORT, *SPARE, f"model={base}", *(_filled(key, made) for key in keys)]
+        for base, keys in BASES.items()
+    }
+
+
+def _filled(key: str, made: dict[str, Path]) -> str:
+    """`model.weights=@openvla` with the folder of the checkpoint."""
+    name, _, mark = key.partition("=@")
+    return f"{name}={made[mark]}" if mark else key
+
+
+def observation(head: Head) -> Observation:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, head.n_obs_steps)
+    images = {
+        camera: torch.randint(0, 256, (*shape, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        for camera in head.model.cameras
+    }
+    state = torch.randn(*shape, head.norm_stats.quantities["state"].mean.shape[-1], generator=generator)
+    return Observation(images, state, ["pick up the red cube", "put it in the box"])
+
+
+def act(folder: Path) -> torch.Tensor:
+    head = load_policy(folder)
+    head.reset([1, 2], [0, 1], [{}, {}])
+    return head.act(observation(head)).action
+
+
+def train_save_load_act(keys: list[str], outputs: Path) -> tuple[Path, torch.Tensor]:
+    assert cli.main(["train", *keys]) == 0
+    (folder,) = outputs.glob("runs/grid-*/milestones/step_000001")
+    action = act(folder)
+    assert action.isfinite().all()
+    assert torch.equal(action, act(folder))
+    return folder, action
+
+
+def keys_of(overrides: dict[str, list[str]], base: str, head: str, adaptation: str) -> list[str]:
+    return [*overrides[base], f"head={head}", *HEADS[head], *ADAPTATIONS[adaptation]]
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param(point, marks=() if point in PAIRS else pytest.mark.slow, id="-".join(point).replace(" ", "_"))
+        for point in POSSIBLE
+    ],
+)
+def test_train_save_load_act(overrides: dict[str, list[str]], outputs: Path, point: tuple[str, ...]) -> None:
+    train_save_load_act(keys_of(overrides, *point), outputs)
+
+
+FRESH = """
+import sys, torch
+sys.path.append(sys.argv[1])
+from test_combinations import act
+from pathlib import Path
+torch.set_num_threads(1)
+torch.save(act(Path(sys.argv[2])), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_acts_the_same_in_a_fresh_process(overrides: dict[str, list[str]], outputs: Path, base: str) -> None:
+    point = next(point for point in PAIRS if point[0] == base and point[2] == "LoRA")
+    folder, action = train_save_load_act(keys_of(overrides, *point), outputs)
+    given = [str(Path(__file__).parent), str(folder), str(outputs / "there.pt")]
+    subprocess.run([sys.executable, "-c", FRESH, *given], check=True, timeout=300)
+    assert torch.equal(torch.load(outputs / "there.pt"), action)
+
+
+@pytest.mark.parametrize(("base", "head"), [pair for pair in product(BASES, HEADS) if obstacle(*pair)])
+def test_refused_with_the_reason(overrides: dict[str, list[str]], base: str, head: str) -> None:
+    with pytest.raises(UserError, match=f"cannot carry head={head}, which needs .*; it carries"):
+        build(compose("train", keys_of(overrides, base, head, "LoRA")))
+
+
+def table() -> str:
+    """docs/combinations.md."""
+    lines = [
+        "# What can be combined",
+        "",
+        "Written by `tests/workflow/test_combinations.py`, which tries what it says. *Head only* (and the model's decoder) is",
+        "`lora=none freeze=backbone`, *LoRA* `lora=rN freeze=all lora.targets=all-linear`, *full* `lora=none freeze=none`.",
+        "",
+        f"| head | {' | '.join(f'`model={base}`' for base in BASES)} |",
+        f"|---|{'---|' * len(BASES)}",
+    ]
+    for head in HEADS:
+        reasons = [obstacle(base, head) for base in BASES]
+        cells = ["head only, LoRA, full" if reason is None else f"no: {reason}" for reason in reasons]
+        lines.append(f"| `{head}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_in_the_docs() -> None:
+    if os.environ.get("VLAEXP_WRITE_DOCS"):
+        DOCS.parent.mkdir(exist_ok=True)
+        DOCS.write_text(table())
+    assert DOCS.read_text() == table()
