@@ -1,6 +1,6 @@
 """`vlaexp pretrain`: the recipe of the tiny base model, from nothing to a folder of weights.
 
-1. record demonstrations of all task families, for the trunk and for the decoders;
+1. record demonstrations of all task families;
 2. trunk: vision, projector and language on the auxiliary goal and a linear readout of the joint chunk;
 3. one decoder per head on the frozen trunk, on equal budgets;
 4. success per family and split, measured; weights, statistics, manifest and table packed into one folder.
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from vlaexp import manifest
 from vlaexp.config import compose
-from vlaexp.dataset.card import DatasetCard
 from vlaexp.dataset.lerobot import LeRobotFolder
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
@@ -37,10 +36,12 @@ WORD_ROWS = "language.words.weight"
 def pretrain(cfg: DictConfig) -> Path:
     """Run or continue the recipe; returns the folder of weights."""
     outputs = f"outputs={cfg.outputs}"
-    demonstrations = [recorded(overrides, outputs) for overrides in (cfg.trunk_record, cfg.decoder_record)]
+    recording = compose("record", [*cfg.record, outputs])
+    if not Path(recording.dataset.root).exists():
+        record(recording)
     trunk = train(compose("train", [*cfg.trunk, outputs]))
     folder = Path(cfg.outputs) / "pretrain" / cfg.name
-    pack_trunk(_last(trunk.milestones), folder, demonstrations)
+    pack_trunk(_last(trunk.milestones), folder, LeRobotFolder(Path(recording.dataset.root)).instructions)
     points = [Point(f"decoder-{head}", "train", (f"head={head}", *cfg.decoder, outputs)) for head in cfg.heads]
     points = [Point(p.name, p.verb, (*p.overrides, f"model.weights={folder}")) for p in points]
     decoders, failed = run_points(points, train_decoder, cfg.processes)
@@ -49,17 +50,8 @@ def pretrain(cfg: DictConfig) -> Path:
     for path in decoders.values():
         pack_decoder(Path(path), folder)
     table = measure(cfg, folder, [Path(path) for path in decoders.values()])
-    write_papers(folder, _last(trunk.milestones), Path(next(iter(decoders.values()))), table, cfg.command)
+    write_papers(folder, _last(trunk.milestones), table, cfg.command)
     return folder
-
-
-def recorded(overrides: Sequence[str], outputs: str) -> Path:
-    """Folder of the demonstrations, recorded unless they are there."""
-    recording = compose("record", [*overrides, outputs])
-    root = Path(recording.dataset.root)
-    if not root.exists():
-        record(recording)
-    return root
 
 
 def _last(milestones: Mapping[int, Path]) -> Path:
@@ -71,28 +63,22 @@ def train_decoder(point: Point) -> str:
     return str(_last(train(compose("train", point.overrides)).milestones))
 
 
-def pack_trunk(policy: Path, folder: Path, demonstrations: Sequence[Path]) -> None:
-    """Base weights, their statistics and configuration.
-
-    Args:
-        policy: the trunk's policy folder.
-        folder: of the weights.
-        demonstrations: dataset folders, that of the trunk first; decoders have seen the others.
-    """
+def pack_trunk(policy: Path, folder: Path, instructions: Iterable[str]) -> None:
+    """Base weights, their statistics and configuration from the trunk's policy folder and all it was told."""
     record_ = manifest.read(policy)
     tensors = {
         name.removeprefix("model."): value
         for name, value in read_safetensors(policy / "head.safetensors").items()
         if name.startswith("model.") and not name.startswith("model.decoder.")
     }
-    tensors[WORD_ROWS] = ground_unseen_words(tensors[WORD_ROWS], LeRobotFolder(demonstrations[0]).instructions)
+    tensors[WORD_ROWS] = ground_unseen_words(tensors[WORD_ROWS], instructions)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "base.safetensors")
     stats = NormStats.load(policy / "norm_stats.json")
     base = NormStats({name: stats.quantities[name] for name in ("state", "goal")}, stats.units, stats.source)
     base.save(folder / "norm_stats.json")
     model = record_["config"]["model"]
-    seeds = [DatasetCard.load(root).recorded["seeds"] for root in demonstrations]
+    seeds = sorted(record_["dataset"]["recorded"]["seeds"])
     config = {
         **{
             key: model[key]
@@ -100,7 +86,7 @@ def pack_trunk(policy: Path, folder: Path, demonstrations: Sequence[Path]) -> No
         },
         "state_dim": len(stats.quantities["state"].mean),
         "goal_dim": len(stats.quantities["goal"].mean),
-        "training_seeds": [[min(seen), max(seen) + 1] for seen in seeds],
+        "training_seeds": [[seeds[0], seeds[-1] + 1]],
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -146,22 +132,17 @@ def evaluate_point(point: Point) -> tuple[str, dict[str, Any]]:
     return manifest.read(Path(cfg.policy.path))["head"], result.summaries
 
 
-def write_papers(
-    folder: Path, trunk: Path, decoder: Path, table: Mapping[str, Mapping[str, Any]], command: str
-) -> None:
+def write_papers(folder: Path, trunk: Path, table: Mapping[str, Mapping[str, Any]], command: str) -> None:
     """`manifest.json` and `README.md`: what the weights are, and what was measured of them."""
     record_ = manifest.read(trunk)
-    datasets = {"trunk": record_["dataset"], "decoders": manifest.read(decoder)["dataset"]}
     measured = {
         head: {split: _measured(summary) for split, summary in splits.items()} for head, splits in sorted(table.items())
     }
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    (folder / "README.md").write_text(_readme(measured, size, command, datasets))
-    paper = {key: record_[key] for key in ("action_horizon", "image_pipeline", "git", "packages", "device")}
-    paper["datasets"] = {
-        stage: {key: dataset[key] for key in ("name", "content", "fps")}
-        | {"environment": dataset["recorded"]["environment"]}
-        for stage, dataset in datasets.items()
+    (folder / "README.md").write_text(_readme(measured, size, command, record_))
+    paper = {key: record_[key] for key in ("dataset", "action_horizon", "image_pipeline", "git", "packages", "device")}
+    paper["dataset"] = {key: record_["dataset"][key] for key in ("name", "content", "fps")} | {
+        "environment": record_["dataset"]["recorded"]["environment"]
     }
     (folder / manifest.MANIFEST_FILE).unlink(missing_ok=True)  # of an earlier call, or it would be among the files
     manifest.write(
@@ -185,17 +166,14 @@ def _measured(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _readme(
-    measured: Mapping[str, Mapping[str, Any]], size: int, command: str, datasets: Mapping[str, Mapping[str, Any]]
-) -> str:
+def _readme(measured: Mapping[str, Mapping[str, Any]], size: int, command: str, trunk: Mapping[str, Any]) -> str:
     """The page beside the weights."""
-    trunk, decoders = (len(datasets[stage]["train_episodes"]) for stage in ("trunk", "decoders"))
     lines = [
         "# Pretrained weights of `model=tiny`",
         "",
-        f"Made by `{command}` ({size / 1e6:.1f} MB of safetensors): one trunk (`base.safetensors`),",
-        f"trained on {trunk} scripted demonstrations of the embedded world (`conf/env/tabletop.yaml`), and a decoder",
-        f"for each head, trained on {decoders}. `manifest.json` has hashes, versions and all numbers.",
+        f"Made by `{command}` ({size / 1e6:.1f} MB of safetensors): one trunk (`base.safetensors`) and a",
+        f"decoder for each head, trained on {len(trunk['dataset']['train_episodes'])} scripted demonstrations of the",
+        "embedded world (`conf/env/tabletop.yaml`). `manifest.json` has hashes, versions and all numbers.",
         "",
         "Success in closed loop on layouts never trained on, in % with 95% intervals (Wilson), then by task family:",
         "",
