@@ -27,7 +27,7 @@ class RegressionHead(PrefixHead):
     name = "regression"
     spaces = ("native",)
 
-    def __init__(self, norm: Norm = "l1", **common: Any) -> None:
+    def __init__(self, norm: Norm = "mse", **common: Any) -> None:
         super().__init__(**common)
         self._norm: Norm = norm
         self.readout = ChunkReadout(self.model, self.action_horizon, self.spec.dim)

@@ -9,7 +9,8 @@
                the trunk, and start from the summary and the predicted goal
 
 What made it learn within minutes on a CPU: LayerNorm on visual features, dropout of proprioception (without it the
-model memorises trajectories), the goal prediction, and training the trunk before the decoders.
+model memorises trajectories), the sum of the words beside their attention pool, the goal prediction, and training the
+trunk before the decoders.
 """
 
 import json
@@ -127,9 +128,12 @@ class Language(nn.Module):
 
     def read(self, words: Int[Tensor, "B L"]) -> Float[Tensor, "B K D"]:
         mask = (words != 0)[:, None, None, :]
-        x = self.text_block(self.words(words) + self.word_position, mask)
+        embedded = self.words(words)
+        x = self.text_block(embedded + self.word_position, mask)
         queries = self.text_queries.expand(len(words), -1, -1)
-        return self.text_pool(queries, self.text_pool.keys_values(self.text_norm(x)), mask)
+        pooled = self.text_pool(queries, self.text_pool.keys_values(self.text_norm(x)), mask)
+        # a pool alone dilutes the one word that names the target: colours were not grounded within 17,000 steps
+        return pooled + embedded.sum(1, keepdim=True)
 
     def forward(
         self, visual: Float[Tensor, "B n D"], text: Float[Tensor, "B K D"], state: Float[Tensor, "B S"]
