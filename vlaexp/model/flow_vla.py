@@ -1,4 +1,4 @@
-"""What pi0 and SmolVLA share: a vision-language model, and a flow-matching action expert that reads its keys and values.
+"""What pi0 and SmolVLA share: a vision-language model, and an action expert that reads its keys and values.
 
 The module tree is LeRobot's own, under its own names, so that published weights are its state dict; which part of
 vlaexp a module belongs to is said by the prefix of its name, and what no prefix names is the decoder: the expert with
@@ -43,7 +43,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class FlowVLA(PrefixModel):
-    """Base class of the two. Final classes build `model`, fill `width` and `landmarks`, and say how inputs are embedded.
+    """Base class of the two. Final classes build `model`, fill the attributes, and say how inputs are embedded.
 
     Attributes:
         model: LeRobot's module.
@@ -282,8 +282,8 @@ class FlowVLA(PrefixModel):
         missing = [camera for camera in self.cameras if camera not in observation.images]
         if missing:
             raise UserError(
-                f"the observation has no camera {missing}; it has {sorted(observation.images)}, model={self.name} reads "
-                f"{list(self.cameras)}; map names in dataset.cameras or set model.cameras"
+                f"the observation has no camera {missing}; it has {sorted(observation.images)}, model={self.name} "
+                f"reads {list(self.cameras)}; map names in dataset.cameras or set model.cameras"
             )
         return [
             self.encode_images(self.preprocess_images(observation.images[camera][:, -1]), camera)

@@ -110,7 +110,8 @@ def refuse(config: Mapping[str, Any], expected: Mapping[str, Any], folder: Path)
     if other := {key: config[key] for key, value in expected.items() if config.get(key, value) != value}:
         wanted = {key: expected[key] for key in other}
         raise UserError(
-            f"{folder} was trained with {other}; expected {wanted}; use another checkpoint, or model=lerobot head=native"
+            f"{folder} was trained with {other}; expected {wanted}; use another checkpoint, or model=lerobot "
+            "head=native"
         )
 
 

@@ -12,6 +12,7 @@ plan. Published files are LeRobot's or those of openpi's converter, whose names 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,11 +72,13 @@ class Pi0(FlowVLA):
     name = "pi0"
     published = "lerobot/pi0_base"
     published_dtype = "float32"
-    parts = {
-        "vision": (f"{PALIGEMMA}.model.vision_tower",),
-        "projector": (f"{PALIGEMMA}.model.multi_modal_projector",),
-        "language": (f"{PALIGEMMA}.model.language_model",),
-    }
+    parts = MappingProxyType(
+        {
+            "vision": (f"{PALIGEMMA}.model.vision_tower",),
+            "projector": (f"{PALIGEMMA}.model.multi_modal_projector",),
+            "language": (f"{PALIGEMMA}.model.language_model",),
+        }
+    )
     projections = ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out")
     unused = (f"{PALIGEMMA}.lm_head.weight", f"{EXPERT}.lm_head.weight")
 
