@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats
@@ -49,6 +48,7 @@ class FlowVLA(PrefixModel):
         model: LeRobot's module.
         parts: prefixes of names, by part.
         projections: layers between actions and expert, by their name in `model`.
+        float32: words in the names of layers that stay so under dtype=bfloat16.
         unused: weights of published files that nothing reads, and that are not in the tree.
         action_dim, state_dim: width that actions and states are padded to.
         num_steps: Euler steps.
@@ -66,8 +66,9 @@ class FlowVLA(PrefixModel):
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     projections: ClassVar[tuple[str, ...]]
     unused: ClassVar[tuple[str, ...]]
+    float32: ClassVar[tuple[str, ...]] = ()
 
-    model: nn.Module
+    model: Any  # its modules have no static types
     action_dim: int
     state_dim: int
     num_steps: int
@@ -92,12 +93,12 @@ class FlowVLA(PrefixModel):
 
     @property
     @abstractmethod
-    def language(self) -> PreTrainedModel:
+    def language(self) -> Any:
         """The decoder layers of the vision-language model, with `embed_tokens`, `rotary_emb` and `norm`."""
 
     @property
     @abstractmethod
-    def expert(self) -> PreTrainedModel:
+    def expert(self) -> Any:
         """The decoder layers of the action expert."""
 
     @abstractmethod
@@ -169,11 +170,11 @@ class FlowVLA(PrefixModel):
             self._stats = NormStats.load(stats)
 
     def _dtype(self, name: str, wanted: Dtype | None) -> torch.dtype | None:
-        """bfloat16 is for the layers and words; vision, norms and projections stay float32, as LeRobot has them."""
+        """bfloat16 is for words and layers of language model and expert; the rest stays float32."""
         if wanted is None:
             return None
-        layers = "layers." in name or "embed_tokens" in name
-        small = layers and self.part_of(name) in ("language", "decoder") and "norm" not in name
+        layers = ("layers." in name or "embed_tokens" in name) and self.part_of(name) in ("language", "decoder")
+        small = layers and not any(word in name for word in self.float32)
         return torch.bfloat16 if wanted == "bfloat16" and small else torch.float32
 
     def cast(self, dtype: Dtype | None) -> None:
@@ -205,7 +206,7 @@ class FlowVLA(PrefixModel):
         for module in self.expert.modules():
             self.expert._init_weights(module)
         for name in self.projections:
-            self.get_submodule(f"model.{name}").reset_parameters()  # type: ignore[operator]
+            getattr(self.model, name).reset_parameters()
         self.reinitialized = tuple(name for name, _ in self.named_parameters() if self.part_of(name) == "decoder")
 
     # ---- the contract of base models -------------------------------------------------------------------------------

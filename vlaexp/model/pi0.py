@@ -21,7 +21,6 @@ from lerobot.policies.common.vla_utils import resize_with_pad_torch
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi0.modeling_pi0 import PI0Pytorch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from vlaexp.errors import UserError
 from vlaexp.model.base import Prefix
@@ -72,6 +71,7 @@ class Pi0(FlowVLA):
     name = "pi0"
     published = "lerobot/pi0_base"
     published_dtype = "float32"
+    float32 = ("norm",)  # as LeRobot
     parts = MappingProxyType(
         {
             "vision": (f"{PALIGEMMA}.model.vision_tower",),
@@ -81,8 +81,6 @@ class Pi0(FlowVLA):
     )
     projections = ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out")
     unused = (f"{PALIGEMMA}.lm_head.weight", f"{EXPERT}.lm_head.weight")
-
-    model: PI0Pytorch
 
     def __init__(
         self,
@@ -109,8 +107,8 @@ class Pi0(FlowVLA):
         with torch.device("meta"):  # the weights bring their own memory
             self.model = PI0Pytorch(config)
         # word heads, of which nothing depends
-        self.model.paligemma_with_expert.paligemma.lm_head = None  # type: ignore[assignment]
-        self.model.paligemma_with_expert.gemma_expert.lm_head = None  # type: ignore[assignment]
+        self.model.paligemma_with_expert.paligemma.lm_head = None
+        self.model.paligemma_with_expert.gemma_expert.lm_head = None
         for decoder in (self.language, self.expert):
             decoder.config._attn_implementation = "sdpa"
         self.width = self.language.config.hidden_size
@@ -135,17 +133,18 @@ class Pi0(FlowVLA):
 
     def _fill(self) -> None:
         """Buffers that are in no file."""
-        words, vision = self.language.embed_tokens, self.part("vision").vision_model.embeddings  # type: ignore[union-attr]
+        words, tower = self.language.embed_tokens, self.model.paligemma_with_expert.paligemma.model.vision_tower
+        positions = tower.vision_model.embeddings
         words.embed_scale = torch.tensor(words.scalar_embed_scale)
-        vision.position_ids = torch.arange(vision.num_positions)[None]
+        positions.position_ids = torch.arange(positions.num_positions)[None]
         assert not any(buffer.is_meta for buffer in self.buffers())
 
     @property
-    def language(self) -> PreTrainedModel:
+    def language(self) -> Any:
         return self.model.paligemma_with_expert.paligemma.model.language_model
 
     @property
-    def expert(self) -> PreTrainedModel:
+    def expert(self) -> Any:
         return self.model.paligemma_with_expert.gemma_expert.model
 
     def rename(self, name: str) -> str:

@@ -6,8 +6,8 @@
     decoder    the action expert, three quarters as wide, with its projections of action and time
 
 Every second layer of the expert attends to itself (each action to those before it) and the prefix, the others to the
-prefix alone. LeRobot's rotary embedding has a wavelength of 10,000 where SmolLM2's has 100,000; the weights were trained
-with it. Published files may hold the statistics of several datasets.
+prefix alone. LeRobot's rotary embedding has a wavelength of 10,000 where SmolLM2's has 100,000; published weights were
+trained with it. Their files may hold the statistics of several datasets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from lerobot.policies.common.vla_utils import resize_with_pad
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, SmolVLMConfig
+from transformers import DynamicCache, SmolVLMConfig
 
 from vlaexp.errors import UserError
 from vlaexp.model.base import Prefix
@@ -85,8 +85,6 @@ class SmolVLA(FlowVLA):
     projections = ("action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out")
     unused = (f"{MODULES}.lm_head.weight",)
 
-    model: FlowMatching
-
     def __init__(
         self,
         cameras: Sequence[str],
@@ -108,18 +106,19 @@ class SmolVLA(FlowVLA):
         named = vlm or config.vlm_model_name
         source = None if on_meta and named == VLM else locate(named, None, VLM, "model.vlm", VLM_FILES)
         sizes = _sizes(source)
+        side = sizes.vision_config.image_size
         self.action_dim, self.state_dim = config.max_action_dim, config.max_state_dim
         self.num_steps, self.max_words = config.num_steps, config.tokenizer_max_length
-        self.side = config.resize_imgs_with_padding[0]
-        if {*config.resize_imgs_with_padding} != {sizes.vision_config.image_size}:
+        self.side = side
+        if {*config.resize_imgs_with_padding} != {side}:
             raise UserError(
-                f"{folder} resizes images to {config.resize_imgs_with_padding}, its vision tower was made for "
-                f"{sizes.vision_config.image_size}; expected the same; use another checkpoint"
+                f"{folder} resizes images to {config.resize_imgs_with_padding}; expected {(side, side)}, for which its "
+                "vision tower was made; use another checkpoint, or another model.vlm"
             )
         self.check_state(state_dim)
         with torch.device("meta"):  # the weights bring their own memory
             self.model = FlowMatching(config, sizes)
-        self.model.vlm_with_expert.vlm.lm_head = None  # type: ignore[assignment]  # of which nothing depends
+        self.model.vlm_with_expert.vlm.lm_head = None  # of which nothing depends
         self.language.config._attn_implementation = "sdpa"
         self.width = self.language.config.hidden_size
         self.plan_width = self.state_dim
@@ -136,11 +135,11 @@ class SmolVLA(FlowVLA):
         assert not any(buffer.is_meta for buffer in self.buffers())
 
     @property
-    def language(self) -> PreTrainedModel:
+    def language(self) -> Any:
         return self.model.vlm_with_expert.vlm.model.text_model
 
     @property
-    def expert(self) -> PreTrainedModel:
+    def expert(self) -> Any:
         return self.model.vlm_with_expert.lm_expert
 
     def fit(self, images: UInt8[Tensor, "n 3 H W"]) -> UInt8[Tensor, "n 3 side side"]:
@@ -158,9 +157,8 @@ class SmolVLA(FlowVLA):
         return vision.post_layernorm(vision.encoder(inputs_embeds=x, attention_mask=None).last_hidden_state)
 
     def project(self, features: Float[Tensor, "n N C"]) -> Float[Tensor, "n M D"]:
-        connector = self.part("projector")
-        dtype = connector.modality_projection.proj.weight.dtype  # type: ignore[union-attr]
-        return connector(features.to(dtype)) * self.width**0.5
+        connector = self.model.vlm_with_expert.vlm.model.connector
+        return connector(features.to(connector.modality_projection.proj.weight.dtype)) * self.width**0.5
 
     def words(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         return self.language.embed_tokens(ids) * self.width**0.5
@@ -193,7 +191,7 @@ def _config(given: Mapping[str, Any]) -> SmolVLAConfig:
         raise UserError(f"smolvla cannot be built with {chosen}: {error}; use a published config.json") from error
 
 
-def _sizes(source: Path | None) -> SmolVLMConfig:
+def _sizes(source: Path | None) -> Any:
     data = SMOLVLM2_500M if source is None else read_json(source / "config.json", VLM, "model.vlm")
     if data.get("model_type") != "smolvlm":
         raise UserError(

@@ -1,4 +1,4 @@
-"""SmolVLA's modules, built from sizes: LeRobot's own constructors ask the hub for the sizes and for image processors."""
+"""SmolVLA's modules, built from sizes; LeRobot's own constructors ask the hub for them, and for image processors."""
 
 import copy
 from typing import Any
@@ -7,7 +7,7 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
 from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel, get_intermediate_size
 from torch import nn
-from transformers import AutoModel, SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import AutoModel, SmolVLMForConditionalGeneration
 
 WAVELENGTH = 10_000.0  # of the rotary embedding, whatever the vision-language model was trained with
 SMOLVLM2_500M: dict[str, Any] = {  # config.json of HuggingFaceTB/SmolVLM2-500M-Video-Instruct
@@ -43,7 +43,7 @@ SMOLVLM2_500M: dict[str, Any] = {  # config.json of HuggingFaceTB/SmolVLM2-500M-
 class VisionLanguageExpert(SmolVLMWithExpertModel):
     """The vision-language model, cut to its first layers, and the action expert."""
 
-    def __init__(self, policy: SmolVLAConfig, sizes: SmolVLMConfig) -> None:
+    def __init__(self, policy: SmolVLAConfig, sizes: Any) -> None:
         nn.Module.__init__(self)
         text = sizes.text_config
         if policy.num_vlm_layers > 0:
@@ -75,7 +75,7 @@ class VisionLanguageExpert(SmolVLMWithExpertModel):
 class FlowMatching(VLAFlowMatching):
     """The same with its projections."""
 
-    def __init__(self, policy: SmolVLAConfig, sizes: SmolVLMConfig) -> None:
+    def __init__(self, policy: SmolVLAConfig, sizes: Any) -> None:
         nn.Module.__init__(self)
         self.config = policy
         self.vlm_with_expert = VisionLanguageExpert(policy, sizes)
