@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
-from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 from safetensors.torch import load_file, save_file
 
 from vlaexp.action_spec import ActionSpec
@@ -109,7 +108,7 @@ def flow_head(model: FlowVLA, horizon: int = published.HORIZON, **given: Any) ->
         return Statistics("mean_std", zero, one, -one, one, -one, one)
 
     stats = NormStats({"state": unit(published.STATE_DIM), "action": unit(published.ACTION_DIM)}, {}, "unit")
-    common: dict[str, Any] = {"action_horizon": horizon, "n_action_steps": 1, "optimizer": None, "schedule": None}
+    common: dict[str, Any] = {"action_horizon": horizon, "n_action_steps": 1, "optimizer": torch.optim.AdamW, "schedule": len}
     return FlowHead(model=model, spec=spec, norm_stats=stats, **(common | given))
 
 
@@ -547,7 +546,7 @@ def test_compiled_names_are_read(case: Case, make: Callable[..., FlowVLA], tmp_p
     assert found.weights_fingerprint() == case.ours.weights_fingerprint()
 
 
-# ---- what one of them has ---------------------------------------------------------------------------------------------
+# ---- what one of them has -------------------------------------------------------------------------------------
 
 
 def test_pi0_reads_openpis_layout(cases: dict[str, Case], tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ class ActionVocabulary(Protocol):
         ...
 
 
+@runtime_checkable
 class ActionExpert(Protocol):
     """A flow-matching decoder that a model ships, in vlaexp's convention: t = 0 is noise, t = 1 the action.
 

@@ -267,8 +267,8 @@ class FlowVLA(PrefixModel):
     def repeat(self, prefix: Prefix, times: int) -> Prefix:
         assert isinstance(prefix.cache, Cache)
         assert prefix.plan is not None
-        repeated = (again(x, times) for x in (prefix.hidden, prefix.mask))
-        return Prefix(*repeated, prefix.cache.repeat(times), plan=again(prefix.plan, times))
+        hidden, mask, plan = (again(x, times) for x in (prefix.hidden, prefix.mask, prefix.plan))
+        return Prefix(hidden, mask, prefix.cache.repeat(times), plan=plan)
 
     def prompt(self, instruction: str) -> list[int]:
         """Token ids of an instruction, which ends with a new line; at most `max_words`."""
