@@ -151,22 +151,22 @@ def write_vlm(folder: Path) -> Path:
     return folder
 
 
-def write(folder: Path, policy: PI0Policy | SmolVLAPolicy) -> Path:
+def write(folder: Path, policy: PI0Policy | SmolVLAPolicy, state_dim: int = STATE_DIM) -> Path:
     """Configuration, weights and processors' statistics as LeRobot 0.6 saves them."""
     folder.mkdir(parents=True, exist_ok=True)
     policy.config._save_pretrained(folder)
     tensors = {name: value.contiguous() for name, value in policy.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(statistics(), folder / "policy_preprocessor_step_5_normalizer_processor.safetensors")
+    save_file(statistics(state_dim), folder / "policy_preprocessor_step_5_normalizer_processor.safetensors")
     if isinstance(policy, PI0Policy):
         tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 
 
-def statistics(shift: float = 0.0) -> dict[str, torch.Tensor]:
-    sizes = {"observation.state": STATE_DIM, "action": ACTION_DIM}
+def statistics(state_dim: int = STATE_DIM) -> dict[str, torch.Tensor]:
+    sizes = {"observation.state": state_dim, "action": ACTION_DIM}
     return {
-        f"{name}.{statistic}": torch.arange(size) / 10 + value + shift
+        f"{name}.{statistic}": torch.arange(size) / 10 + value
         for name, size in sizes.items()
         for statistic, value in (("mean", 0.0), ("std", 1.0), ("min", -2.0), ("max", 3.0), ("q01", -1.5), ("q99", 2.5))
     }

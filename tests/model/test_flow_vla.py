@@ -108,7 +108,12 @@ def flow_head(model: FlowVLA, horizon: int = published.HORIZON, **given: Any) ->
         return Statistics("mean_std", zero, one, -one, one, -one, one)
 
     stats = NormStats({"state": unit(published.STATE_DIM), "action": unit(published.ACTION_DIM)}, {}, "unit")
-    common: dict[str, Any] = {"action_horizon": horizon, "n_action_steps": 1, "optimizer": torch.optim.AdamW, "schedule": len}
+    common: dict[str, Any] = {
+        "action_horizon": horizon,
+        "n_action_steps": 1,
+        "optimizer": torch.optim.AdamW,
+        "schedule": len,
+    }
     return FlowHead(model=model, spec=spec, norm_stats=stats, **(common | given))
 
 
