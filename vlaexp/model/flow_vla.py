@@ -196,9 +196,9 @@ class FlowVLA(PrefixModel):
         """In LeRobot's format, the expert included, with two more files."""
         source = self._checkpoint.folder
         # LeRobot's own loader wants the unused weights too
-        unused = {name: tensor for name, tensor in read_shards(source).items() if self.rename(name) in self.unused}
-        own = unused | self._checkpoint.old_statistics | self.state_dict()
-        save_checkpoint(folder, source, {self.rename(name): tensor for name, tensor in own.items()})
+        named = {self.rename(name): tensor for name, tensor in read_shards(source).items()}
+        unused = {name: tensor for name, tensor in named.items() if name in self.unused}
+        save_checkpoint(folder, source, unused | self._checkpoint.old_statistics | self.state_dict())
         input_stats.save(folder / STATS_FILE)
         (folder / SEEDS_FILE).write_text(json.dumps(training_seeds) + "\n")
 
