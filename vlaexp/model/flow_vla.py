@@ -182,13 +182,12 @@ class FlowVLA(PrefixModel):
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(self._dtype(name, dtype or self.published_dtype))
 
-    def read_vocabulary(self, tokenizer: Tokenizer, source: Path) -> None:
-        """Keep a tokenizer, if the language model has a row for each of its entries."""
+    def keep_tokenizer(self, tokenizer: Tokenizer, source: Path, published: str) -> None:
+        """Take a tokenizer, if it is that of the language model; `published` names the one that an error recommends."""
         size, rows = tokenizer.get_vocab_size(), self.language.embed_tokens.weight.shape[0]
         if abs(size - rows) > PADDING:
             raise UserError(
-                f"{source}/tokenizer.json has {size} entries, the language model {rows}; use the tokenizer of "
-                f"{self.published}"
+                f"{source}/tokenizer.json has {size} entries, the language model {rows}; use the tokenizer of {published}"
             )
         self.tokenizer = tokenizer
 

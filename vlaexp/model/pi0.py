@@ -126,7 +126,7 @@ class Pi0(FlowVLA):
     def _read_tokenizer(self, folder: Path, given: str | None) -> None:
         if given is not None or not (folder / "tokenizer.json").exists():
             folder = locate(given or TOKENIZER, None, TOKENIZER, "model.tokenizer", ("tokenizer.json",))
-        self.read_vocabulary(found := read_tokenizer(folder), folder)
+        self.keep_tokenizer(found := read_tokenizer(folder), folder, TOKENIZER)
         if (bos := found.token_to_id(BOS)) is None:
             raise UserError(f"the tokenizer in {folder} lacks {BOS!r}; use that of {TOKENIZER}")
         self.begin = (bos,)

@@ -130,7 +130,7 @@ class SmolVLA(FlowVLA):
         if folder is None or source is None or on_meta:
             self.cast(dtype)
             return
-        self.read_vocabulary(read_tokenizer(source), source)
+        self.keep_tokenizer(read_tokenizer(source), source, VLM)
         self.load(read_checkpoint(folder, given), dtype)
         assert not any(buffer.is_meta for buffer in self.buffers())
 
