@@ -187,7 +187,8 @@ class FlowVLA(PrefixModel):
         size, rows = tokenizer.get_vocab_size(), self.language.embed_tokens.weight.shape[0]
         if abs(size - rows) > PADDING:
             raise UserError(
-                f"{source}/tokenizer.json has {size} entries, the language model {rows}; use the tokenizer of {published}"
+                f"{source}/tokenizer.json has {size} entries, the language model {rows}; "
+                f"use the tokenizer of {published}"
             )
         self.tokenizer = tokenizer
 
