@@ -250,7 +250,7 @@ def test_wrong_arguments_say_what_is_wanted(make: Make, overrides: list[str], te
 
 def test_model_refuses_a_head_it_cannot_carry(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlaexp.model.tiny.TinyVLA.supported_heads", ("flow",))
-    with pytest.raises(UserError, match=r"TinyVLA cannot carry head=joint; it carries \['flow'\]"):
+    with pytest.raises(UserError, match=r"TinyVLA cannot carry head=joint, which needs hidden .*; it carries \['flow'\]"):
         make("head=joint", "seed=3")
 
 

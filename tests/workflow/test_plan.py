@@ -15,7 +15,8 @@ from vlaexp.trainer.build import build as build_policy
 from vlaexp.trainer.dry_run import activation_bytes, bytes_of, find_dead_adapters, optimizer_bytes_per_weight_byte
 from vlaexp.trainer.policy_folder import FILES
 from vlaexp.workflow.data import training_frames
-from vlaexp.workflow.plan import GIB, plan
+from vlaexp.workflow.memory import GIB
+from vlaexp.workflow.plan import plan
 from vlaexp.workflow.rules_of_thumb import DEMONSTRATIONS, GPUS, Gpu
 from vlaexp.workflow.train import build, train
 
@@ -109,14 +110,33 @@ def test_a_model_without_numbers_gives_the_same_plan(small: list[str]) -> None:
         assert meta == pytest.approx(here, rel=0.15), precision
 
 
-def test_large_models_are_built_without_weights(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = [*small, *TINY, "lora=r4", "name=plan"]
-    real = planned(*overrides)
+def test_openvla_at_full_size(tmp_path: Path) -> None:
+    """Published numbers: the model, LoRA r32 on every linear layer, and what of it the hidden states never read."""
+    found = planned(
+        f"outputs={tmp_path}",
+        "model=openvla_7b",
+        "head=discrete_token",
+        "lora=r32",
+        "lora.targets=all-linear",
+        "trainer.batch_size=1",
+        "gpu=rtx4090",
+    )
+    assert found["built_on"] == "meta"
+    assert found["parameters"]["base"] == 7_541_237_184
+    assert found["parameters"]["adapter"] == found["parameters"]["trainable"] == 110_828_288
+    dead = [f"vision.featurizer.blocks.23.{layer}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    dead += [f"vision.fused_featurizer.blocks.26.{layer}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    pool = ("q", "kv", "proj", "mlp.fc1", "mlp.fc2")
+    assert found["dead_adapters"] == [*dead, *(f"vision.fused_featurizer.attn_pool.{layer}" for layer in pool)]
+    assert found["memory_gib"]["weights"] == pytest.approx(2 * 7_541_237_184 / GIB, rel=1e-3)  # bfloat16
+
+
+def test_a_gpu_that_is_too_small_is_refused_before_loading(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TinyVLA, "large", True)
-    meta = planned(*overrides, "model.weights=/nowhere")
-    assert (real["built_on"], meta["built_on"]) == ("cpu", "meta")
-    for key in ("parameters", "adapted_modules", "dead_adapters", "scale", "disk_gib"):
-        assert meta[key] == real[key], key
+    monkeypatch.setattr("vlaexp.workflow.memory.training_gpu", lambda settings: Gpu("Toy", 1))
+    overrides = [*small, *TINY, "model.weights=null", "lora=none", "freeze=none", "name=plan"]
+    with pytest.raises(UserError, match=r"needs about 1\.\d GiB \(weights .*the GPU Toy has 1; .*`vlaexp plan`"):
+        build(compose("train", overrides))
 
 
 def test_without_a_dataset_the_environment_gives_the_shapes(tmp_path: Path) -> None:

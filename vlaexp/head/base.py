@@ -50,6 +50,7 @@ class Head(L.LightningModule, ABC):
 
     name: str  # the word that the user writes, set by each final class
     spaces: tuple[str, ...]  # action spaces that the head can predict
+    needs: str  # what of a base model, in words; why some cannot carry it
 
     def __init__(
         self,
@@ -66,14 +67,15 @@ class Head(L.LightningModule, ABC):
         augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__()
+        if self.name not in model.supported_heads:
+            raise UserError(
+                f"{type(model).__name__} cannot carry head={self.name}, which needs {self.needs}; "
+                f"it carries {list(model.supported_heads)}"
+            )
         if spec.space not in self.spaces:
             raise UserError(
                 f"head={self.name} predicts action space {' or '.join(self.spaces)}, not {spec.space!r}; "
                 f"set action_space={self.spaces[0]} or choose another head"
-            )
-        if self.name not in model.supported_heads:
-            raise UserError(
-                f"{type(model).__name__} cannot carry head={self.name}; it carries {list(model.supported_heads)}"
             )
         if not 1 <= n_action_steps <= action_horizon:
             raise UserError(f"n_action_steps={n_action_steps}; expected 1 to action_horizon={action_horizon}")

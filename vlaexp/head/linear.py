@@ -18,6 +18,7 @@ class LinearHead(PrefixHead):
 
     name = "linear"
     spaces = ("joint", "ee_delta", "native")
+    needs = "one pooled hidden state"
 
     def __init__(self, **common: Any) -> None:
         super().__init__(**common)

@@ -40,10 +40,12 @@ class NativeHead(Head):
 
     name = "native"
     spaces = ("joint", "ee_delta", "native")
+    needs = "a policy of LeRobot (model=lerobot) with its decoder"
     model: LeRobotPolicy
 
     def __init__(self, *, model: LeRobotPolicy, spec: ActionSpec, norm_stats: NormStats, **common: Any) -> None:
-        super().__init__(model=model, spec=spec, norm_stats=in_modes_of(model.config, norm_stats), **common)
+        super().__init__(model=model, spec=spec, norm_stats=norm_stats, **common)
+        self.norm_stats = in_modes_of(model.config, norm_stats)
         self.noise_shape = model.noise_shape
         stats = lerobot_stats(norm_stats, spec, model.config)
         with explained(model.name, model.config):

@@ -1,6 +1,7 @@
 """The data of a training: its demonstrations, and its frames, decoded on the fly, cached, or as vision features."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,20 @@ def load_demonstrations(cfg: DictConfig) -> Demonstrations:
         raise UserError("this needs demonstrations; set dataset=tabletop_pick (or another, see conf/dataset)")
     make = instantiate(cfg.dataset, _partial_=True, _convert_="all")
     return make(action_space=instantiate(cfg.action_space), action_horizon=cfg.action_horizon)
+
+
+def assign_cameras(demos: Demonstrations, slots: Sequence[str], guess: bool) -> None:
+    """Give the model's camera slots the dataset's cameras: by name, or in order where the user left it to us."""
+    if set(slots) <= set(demos.cameras):
+        return
+    if not guess or demos.card.cameras or len(demos.cameras) < len(slots):
+        raise UserError(
+            f"the model reads cameras {list(slots)}, the dataset {demos.root} has {demos.cameras}; map them as "
+            f"dataset.cameras='{{{slots[0]}: {next(iter(demos.cameras.values()), 'COLUMN')}}}' or set model.cameras"
+        )
+    mapped = dict(zip(slots, demos.cameras.values(), strict=False))
+    print(f"cameras, in order: {mapped}", file=sys.stderr)
+    demos.cameras = mapped
 
 
 def feature_cache_obstacle(config: Mapping[str, Any], model: BaseModel) -> str | None:

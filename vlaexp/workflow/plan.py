@@ -5,14 +5,12 @@ is not there yet, the sizes of state and action are those of `env=`.
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from vlaexp import manifest
@@ -23,14 +21,13 @@ from vlaexp.dataset.targets import goal_dim, goal_units
 from vlaexp.errors import UserError, nearest
 from vlaexp.head.tool_error import KINEMATICS
 from vlaexp.ledger import Ledger
-from vlaexp.trainer.build import Built, build
-from vlaexp.trainer.dry_run import activation_bytes, bytes_of, find_dead_adapters, optimizer_bytes_per_weight_byte
+from vlaexp.trainer.build import Built
+from vlaexp.trainer.dry_run import bytes_of, find_dead_adapters
 from vlaexp.trainer.fit import Fit
-from vlaexp.workflow.data import load_demonstrations
+from vlaexp.workflow.data import assign_cameras, load_demonstrations
+from vlaexp.workflow.memory import GIB, build_for_planning, memory_gib
 from vlaexp.workflow.rules_of_thumb import Gpu, find_gpu, usual_demonstrations
-from vlaexp.workflow.train import assign_cameras
 
-GIB = 2**30
 HOUR = 3600  # s
 
 
@@ -52,9 +49,8 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     gpu = None if cfg.gpu is None else find_gpu(cfg.gpu)
     usual = usual_demonstrations(cfg.transfer)
     shapes = _shapes(cfg)
-    built, device = _build(config, shapes)
-    memory = {name: size / GIB for name, size in memory_bytes(built, config, settings).items()}
-    memory["total"] = sum(memory.values())
+    built, device = build_for_planning(config, shapes.spec, shapes.state_dim, shapes.statistics)
+    memory = memory_gib(built, config, settings)
     dead = find_dead_adapters(built.head)
     return {
         "parameters": _parameters(built.ledger),
@@ -73,13 +69,6 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
         "built_on": device,
         "shapes_from": shapes.source,
     }
-
-
-def _build(config: dict[str, Any], shapes: Shapes) -> tuple[Built, str]:
-    large = get_class(config["model"]["_target_"]).large
-    with torch.device("meta") if large else nullcontext():
-        built = build(config, shapes.spec, shapes.state_dim, shapes.statistics)
-    return built, "meta" if large else "cpu"
 
 
 def _shapes(cfg: DictConfig) -> Shapes:
@@ -122,22 +111,6 @@ def _unit_statistics(spec: ActionSpec, state_dim: int, horizon: int) -> NormStat
 
 def _parameters(ledger: Ledger) -> dict[str, int]:
     return {"total": ledger.total, "base": ledger.base, "adapter": ledger.adapter, "trainable": ledger.trainable}
-
-
-def memory_bytes(built: Built, config: Mapping[str, Any], settings: Fit) -> dict[str, float]:
-    """Bytes on the training device, by what they hold: one step of `batch_size` samples without gradient accumulation.
-
-    Gradients are as large as what trains; the optimizer's state and the activations are measured (`dry_run`).
-    """
-    named = list(built.head.named_parameters())
-    trained = bytes_of([parameter for _, parameter in named if parameter.requires_grad])
-    return {
-        "weights": bytes_of([p for name, p in named if "lora_" not in name]) + bytes_of(list(built.head.buffers())),
-        "adapters": bytes_of([parameter for name, parameter in named if "lora_" in name]),
-        "gradients": trained,
-        "optimizer": trained * optimizer_bytes_per_weight_byte(instantiate(config["optimizer"])),
-        "activations": activation_bytes(built.head, settings.batch_size, settings.precision),
-    }
 
 
 def _disk(built: Built, settings: Fit, memory: Mapping[str, float]) -> dict[str, float]:

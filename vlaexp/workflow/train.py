@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ from vlaexp.trainer.dry_run import find_dead_adapters
 from vlaexp.trainer.fit import Fit, fit, val_loader
 from vlaexp.trainer.policy_folder import save_policy
 from vlaexp.trainer.tracking import RunLog, flat_params
-from vlaexp.workflow.data import load_demonstrations, training_frames
+from vlaexp.workflow.data import assign_cameras, load_demonstrations, training_frames
 from vlaexp.workflow.evaluate import EvalResult, evaluate_milestones
+from vlaexp.workflow.memory import check_gpu
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def build(cfg: DictConfig) -> Parts:
     demos = load_demonstrations(cfg)
     assign_cameras(demos, config["model"]["cameras"], guess=config["dataset"]["cameras"] == "auto")
     statistics = demos.statistics()
+    check_gpu(config, settings, demos.spec, demos.state_dim, statistics)
     built = build_policy(config, demos.spec, demos.state_dim, statistics)
     head = built.head
     content = {
@@ -166,20 +167,6 @@ def _chunks(cfg: DictConfig, parts: Parts) -> tuple[ChunkDataset, ChunkDataset |
     ]
     assert parts_of_split[0] is not None
     return parts_of_split[0], parts_of_split[1]
-
-
-def assign_cameras(demos: Demonstrations, slots: Sequence[str], guess: bool) -> None:
-    """Give the model's camera slots the dataset's cameras: by name, or in order where the user left it to us."""
-    if set(slots) <= set(demos.cameras):
-        return
-    if not guess or demos.card.cameras or len(demos.cameras) < len(slots):
-        raise UserError(
-            f"the model reads cameras {list(slots)}, the dataset {demos.root} has {demos.cameras}; map them as "
-            f"dataset.cameras='{{{slots[0]}: {next(iter(demos.cameras.values()), 'COLUMN')}}}' or set model.cameras"
-        )
-    mapped = dict(zip(slots, demos.cameras.values(), strict=False))
-    print(f"cameras, in order: {mapped}", file=sys.stderr)
-    demos.cameras = mapped
 
 
 def _held_out(head: Head, val: ChunkDataset | None, settings: Fit) -> dict[str, Any]:
