@@ -83,6 +83,23 @@ class ActionVocabulary(Protocol):
         ...
 
 
+@runtime_checkable
+class ActionExpert(Protocol):
+    """A flow-matching decoder that a model ships, in vlaexp's convention: t = 0 is noise, t = 1 the action.
+
+    Attributes:
+        action_dim: numbers per step that it reads and gives; shorter actions are padded with zeros, their noise is not.
+        num_steps: Euler steps that it was published with.
+    """
+
+    action_dim: int
+    num_steps: int
+
+    def velocity(self, prefix: Prefix, x_t: Float[Tensor, "B H W"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H W"]:
+        """dx / dt of a chunk of normalized actions."""
+        ...
+
+
 class BaseModel(nn.Module, ABC):
     """Base class of all base models.
 
@@ -182,6 +199,15 @@ class PrefixModel(BaseModel):
     def action_vocabulary(self) -> ActionVocabulary | None:
         """The model's own action tokens; None where a head has to bring its own."""
         return None
+
+    @property
+    def action_expert(self) -> ActionExpert | None:
+        """The model's own flow-matching decoder, whose weights are among the loaded ones; None where it has none."""
+        return None
+
+    def restart_decoder(self) -> None:
+        """Draw the weights of the action expert anew and call them `reinitialized`."""
+        raise NotImplementedError
 
     def pretrained_decoder(self, head: str, space: str) -> Path | None:
         """Folder of the decoder that the model ships for this head and action space.
