@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from vlaexp.action_spec import ActionSpec
 from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
@@ -83,6 +84,31 @@ class ActionVocabulary(Protocol):
         ...
 
 
+@runtime_checkable
+class Denoiser(Protocol):
+    """A model that brings its own diffusion decoder, which works on vectors of a fixed width W.
+
+    Attributes:
+        action_width: W.
+    """
+
+    action_width: int
+
+    def action_slots(self, spec: ActionSpec) -> Sequence[int]:
+        """The place of each action dimension in the vector.
+
+        Raises:
+            UserError: where this action has none.
+        """
+        ...
+
+    def denoise(
+        self, prefix: Prefix, x_t: Float[Tensor, "B H W"], t: Float[Tensor, "B"], spec: ActionSpec
+    ) -> Float[Tensor, "B H W"]:
+        """The clean chunk x_1, predicted from the noised one at diffusion steps t."""
+        ...
+
+
 class BaseModel(nn.Module, ABC):
     """Base class of all base models.
 
@@ -99,6 +125,7 @@ class BaseModel(nn.Module, ABC):
         goal_dim: width of the predicted auxiliary goal; 0 where the model predicts none.
         crops_at_evaluation: images differ between training and evaluation, so features are not cached.
         large: `vlaexp plan` builds it without weights, on the meta device.
+        sample_instructions: some that the model can read, for made-up observations.
     """
 
     cameras: tuple[str, ...]
@@ -111,6 +138,10 @@ class BaseModel(nn.Module, ABC):
     goal_dim: int = 0
     crops_at_evaluation: bool = False
     large: bool = False
+    sample_instructions: Sequence[str] = (
+        "pick up the red cube",
+        "put the block in the box and close the drawer",
+    )
 
     @abstractmethod
     def preprocess_images(self, images: Tensor) -> Tensor:
@@ -127,6 +158,13 @@ class BaseModel(nn.Module, ABC):
     def part_of(self, name: str) -> str:
         """The part that the parameter or module of this dotted name belongs to."""
         return name.split(".", 1)[0]
+
+    def read_instructions(self, instructions: Sequence[str]) -> None:
+        """Get ready for the instructions of a training; most models read any.
+
+        Raises:
+            UserError: where one cannot be read.
+        """
 
     def input_stats(self) -> NormStats | None:
         """Statistics that the loaded weights' inputs were normalized with; None where any will do."""
