@@ -33,17 +33,17 @@ from vlaexp.model.action_tokenizer import ActionTokenizer
 from vlaexp.model.base import MaskKind, Prefix, PrefixModel
 from vlaexp.model.layers import KeysValues
 from vlaexp.model.openvla_checkpoint import (
-    FILES,
     PUBLISHED,
     OpenVLAConfig,
     UnnormMode,
     action_statistics,
+    locate,
     published_name,
     read_tokenizer,
     save_checkpoint,
 )
 from vlaexp.model.openvla_vision import Projector, Vision, resize
-from vlaexp.model.weights import check_fit, fingerprint, locate, read_shards
+from vlaexp.model.weights import check_fit, fingerprint, read_shards
 
 EMPTY_WORD, EMPTY_ID = "\u2581", 29871  # as Llama-2 has it
 SEEDS_FILE = "training_seeds.json"  # of merged weights: ranges of the episodes that they have seen
@@ -136,7 +136,7 @@ class OpenVLA(PrefixModel):
             raise UserError("model.cameras=[]; OpenVLA needs at least one camera, as in model.cameras=[front]")
         self.cameras = tuple(cameras)
         on_meta = torch.get_default_device().type == "meta"
-        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision, PUBLISHED, FILES)
+        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision)
         config = OpenVLAConfig() if folder is None else OpenVLAConfig.read(folder)
         text = config.llama()
         text._attn_implementation = "sdpa"

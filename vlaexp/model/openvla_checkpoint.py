@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig
@@ -102,6 +103,27 @@ class OpenVLAConfig:
     def vocabulary(self) -> int:
         """Entries of the tokenizer, without the padding of the embedding."""
         return int(self.text["vocab_size"]) - self.pad_to_multiple_of
+
+
+def locate(weights: str, revision: str | None) -> Path:
+    """The checkpoint's folder: `weights` itself, or a snapshot of that model on the hub.
+
+    Raises:
+        UserError: where it is neither, or the hub cannot be reached and holds no earlier download.
+    """
+    folder = Path(weights).expanduser()
+    if folder.is_dir():
+        return folder
+    advice = f"download {' and '.join(FILES)} of it into a folder and set model.weights=FOLDER"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
+        raise UserError(f"model.weights={weights} is no folder; for {PUBLISHED}: {advice}")
+    try:
+        return Path(snapshot_download(weights, revision=revision, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.weights={weights} is no folder, and the hub did not give it ({reason}); {advice}"
+        ) from error
 
 
 def published_name(name: str) -> str:

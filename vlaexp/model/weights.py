@@ -3,13 +3,10 @@
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -108,34 +105,6 @@ def _few(names: Sequence[str], count: int) -> str:
         return "none"
     shown = list(names[:MOST_NAMES])
     return f"{shown} and {count - len(shown)} more" if count > len(shown) else f"{shown}"
-
-
-def locate(
-    weights: str, revision: str | None, published: str, files: Sequence[str], key: str = "model.weights"
-) -> Path:
-    """The checkpoint's folder: `weights` itself, or a snapshot of that model on the hub.
-
-    Args:
-        weights: a folder or a hub id, the value of the configuration's `key`.
-        revision: commit or branch of a hub id.
-        published: hub id of the usual checkpoint.
-        files: patterns of the files that it consists of.
-        key: for errors.
-
-    Raises:
-        UserError: where it is neither, or the hub cannot be reached and holds no earlier download.
-    """
-    folder = Path(weights).expanduser()
-    if folder.is_dir():
-        return folder
-    advice = f"download {' and '.join(files)} of it into a folder and set {key}=FOLDER"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
-        raise UserError(f"{key}={weights} is no folder; for {published}: {advice}")
-    try:
-        return Path(snapshot_download(weights, revision=revision, allow_patterns=list(files)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{key}={weights} is no folder, and the hub did not give it ({reason}); {advice}") from error
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
