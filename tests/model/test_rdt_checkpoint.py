@@ -140,7 +140,7 @@ def test_another_architecture_is_refused(load: Load, folder: Path, file: str, ch
 
 def test_missing_config_is_named(load: Load, folder: Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json is missing or damaged.*copy the files of robotics-diffusion"):
+    with pytest.raises(UserError, match=r"config\.json is missing or damaged.*wants the files of robotics-diffusion"):
         load()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from vlaexp.errors import UserError
 from vlaexp.head.layers import ChunkReadout, PlanSkip, sinusoid
 from vlaexp.head.prefix import PrefixHead
-from vlaexp.model.base import Denoiser, Prefix
+from vlaexp.model.base import Prefix
 from vlaexp.model.layers import mlp
 
 DIFFUSION_STEPS = 1000
@@ -54,8 +54,8 @@ class DiffusionHead(PrefixHead):
             raise UserError(f"head.num_steps={num_steps}; expected 1 to {DIFFUSION_STEPS} solver steps")
         self._num_steps, self._samples = num_steps, samples_per_observation
         slots, self._width = range(self.spec.dim), self.spec.dim
-        if isinstance(self.model, Denoiser):
-            slots, self._width = self.model.action_slots(self.spec), self.model.action_width
+        if (denoiser := self.model.denoiser) is not None:
+            slots, self._width = denoiser.action_slots(self.spec), denoiser.action_width
             self.noise_shape = (self.action_horizon, self._width)
         else:
             self.readout = ChunkReadout(self.model, self.action_horizon, self.spec.dim)
@@ -93,7 +93,7 @@ class DiffusionHead(PrefixHead):
 
     def denoise(self, prefix: Prefix, x_t: Float[Tensor, "B H W"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H W"]:
         """x_1 by the network."""
-        if isinstance(self.model, Denoiser):
-            return self.model.denoise(prefix, x_t, t, self.spec)
+        if (denoiser := self.model.denoiser) is not None:
+            return denoiser.denoise(prefix, x_t, t, self.spec)
         added = self.action_in(x_t) + self.time_in(sinusoid(t / DIFFUSION_STEPS, TIME_WIDTH))[:, None]
         return self.readout(self.model, prefix, added) + self.skip(prefix)

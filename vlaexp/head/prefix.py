@@ -65,8 +65,8 @@ class PrefixHead(Head):
         """Scalar loss of normalized actions given the observation; steps where `valid` is 0 have no gradient."""
 
     @abstractmethod
-    def predict(self, prefix: Prefix, noise: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
-        """Normalized actions. `noise` is standard normal, one independent stream per row."""
+    def predict(self, prefix: Prefix, noise: Float[Tensor, "B H W"]) -> Float[Tensor, "B H A"]:
+        """Normalized actions. `noise` is standard normal of `noise_shape`, one independent stream per row."""
 
     def prefix(self, observation: Observation) -> Prefix:
         given, expected = observation.state.shape[-1], self.state_norm.centre.shape[-1]
@@ -77,7 +77,7 @@ class PrefixHead(Head):
             )
         return self.model.prefill(replace(observation, state=self.state_norm.normalize(observation.state)))
 
-    def predict_action(self, observation: Observation, noise: Float[Tensor, "B H A"] | None = None) -> ActionChunk:
+    def predict_action(self, observation: Observation, noise: Float[Tensor, "B H W"] | None = None) -> ActionChunk:
         noise = self.default_noise(observation.batch_size) if noise is None else noise
         prediction = self.predict(self.prefix(observation), noise.to(observation.state.device))
         return ActionChunk(self.action_norm.unnormalize(prediction), self.spec)
@@ -116,5 +116,5 @@ class PrefixHead(Head):
         return {
             name: parameter.detach()
             for name, parameter in self.named_parameters()
-            if name.startswith("model.decoder.") or not name.startswith("model.")
+            if not name.startswith("model.") or self.model.part_of(name.removeprefix("model.")) == "decoder"
         }

@@ -84,9 +84,24 @@ class ActionVocabulary(Protocol):
         ...
 
 
-@runtime_checkable
+class ActionExpert(Protocol):
+    """A flow-matching decoder that a model ships, in vlaexp's convention: t = 0 is noise, t = 1 the action.
+
+    Attributes:
+        action_dim: numbers per step that it reads and gives; shorter actions are padded with zeros, their noise is not.
+        num_steps: Euler steps that it was published with.
+    """
+
+    action_dim: int
+    num_steps: int
+
+    def velocity(self, prefix: Prefix, x_t: Float[Tensor, "B H W"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H W"]:
+        """dx / dt of a chunk of normalized actions."""
+        ...
+
+
 class Denoiser(Protocol):
-    """A model that brings its own diffusion decoder, which works on vectors of a fixed width W.
+    """A diffusion decoder that a model ships, for vectors of a fixed width W in which an action has its slots.
 
     Attributes:
         action_width: W.
@@ -95,11 +110,7 @@ class Denoiser(Protocol):
     action_width: int
 
     def action_slots(self, spec: ActionSpec) -> Sequence[int]:
-        """The place of each action dimension in the vector.
-
-        Raises:
-            UserError: where this action has none.
-        """
+        """The slot of each action dimension; a `UserError` where there is none for it."""
         ...
 
     def denoise(
@@ -220,6 +231,20 @@ class PrefixModel(BaseModel):
     def action_vocabulary(self) -> ActionVocabulary | None:
         """The model's own action tokens; None where a head has to bring its own."""
         return None
+
+    @property
+    def action_expert(self) -> ActionExpert | None:
+        """The model's own flow-matching decoder, whose weights are among the loaded ones; None where it has none."""
+        return None
+
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """The model's own diffusion decoder, whose weights are among the loaded ones; None where it has none."""
+        return None
+
+    def restart_decoder(self) -> None:
+        """Draw the weights of such a decoder anew and call them `reinitialized`."""
+        raise NotImplementedError
 
     def pretrained_decoder(self, head: str, space: str) -> Path | None:
         """Folder of the decoder that the model ships for this head and action space.

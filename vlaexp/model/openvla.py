@@ -15,14 +15,13 @@ too, which would forbid to compute it once. Proprioception is not read; the publ
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
 from vlaexp.data_types import Observation
@@ -31,13 +30,14 @@ from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.model.action_tokenizer import ActionTokenizer
 from vlaexp.model.base import MaskKind, Prefix, PrefixModel
+from vlaexp.model.hub import locate
+from vlaexp.model.layer_cache import Cache, again, run_layers, visible
 from vlaexp.model.layers import KeysValues
 from vlaexp.model.openvla_checkpoint import (
     PUBLISHED,
     OpenVLAConfig,
     UnnormMode,
     action_statistics,
-    locate,
     published_name,
     read_tokenizer,
     save_checkpoint,
@@ -57,27 +57,6 @@ class Decoder(nn.Module):
     def __init__(self, width: int, words: int) -> None:
         super().__init__()
         self.lm_head = nn.Linear(width, words, bias=False)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of each layer so far, and which of their tokens are real."""
-
-    layers: tuple[KeysValues, ...]
-    mask: Bool[Tensor, "B L"]
-
-
-class LayerCache:
-    """What transformers' attention wants to `update`; it hands over the new keys and values without keeping the old."""
-
-    def __init__(self, past: KeysValues | None) -> None:
-        self.keys_values = past
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> KeysValues:
-        if self.keys_values is not None:
-            keys, values = torch.cat([self.keys_values[0], keys], 2), torch.cat([self.keys_values[1], values], 2)
-        self.keys_values = keys, values
-        return self.keys_values
 
 
 class Vocabulary:
@@ -136,7 +115,7 @@ class OpenVLA(PrefixModel):
             raise UserError("model.cameras=[]; OpenVLA needs at least one camera, as in model.cameras=[front]")
         self.cameras = tuple(cameras)
         on_meta = torch.get_default_device().type == "meta"
-        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision)
+        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision, PUBLISHED)
         config = OpenVLAConfig() if folder is None else OpenVLAConfig.read(folder)
         text = config.llama()
         text._attn_implementation = "sdpa"
@@ -249,24 +228,14 @@ class OpenVLA(PrefixModel):
     ) -> tuple[Float[Tensor, "B M D"], Prefix]:
         cache = prefix.cache
         assert isinstance(cache, Cache)
-        count = suffix.shape[1]
-        among = torch.ones(count, count, dtype=torch.bool, device=suffix.device)
-        among = among.tril() if mask_kind == "causal" else among
-        attend = torch.cat([cache.mask[:, None].expand(-1, count, -1), among.expand(len(suffix), -1, -1)], 2)
-        positions = cache.mask.sum(1, keepdim=True) + torch.arange(count, device=suffix.device)
+        attend, positions = cache.attention(visible(suffix.shape[1], mask_kind, suffix.device))
         x = suffix.to(self.language.embed_tokens.weight.dtype)
-        hidden, layers = self._run(x, positions, attend[:, None], cache.layers)
-        mask = torch.cat([cache.mask, cache.mask.new_ones(suffix.shape[:2])], 1)
-        return hidden, replace(prefix, cache=Cache(layers, mask))
+        hidden, layers = self._run(x, positions, attend, cache.layers)
+        return hidden, replace(prefix, cache=cache.extended(layers, suffix.shape[1]))
 
     def repeat(self, prefix: Prefix, times: int) -> Prefix:
-        def again(x: Tensor) -> Tensor:
-            return x.repeat(times, *[1] * (x.ndim - 1))
-
-        cache = prefix.cache
-        assert isinstance(cache, Cache)
-        layers = tuple((again(keys), again(values)) for keys, values in cache.layers)
-        return Prefix(again(prefix.hidden), again(prefix.mask), Cache(layers, again(cache.mask)))
+        assert isinstance(prefix.cache, Cache)
+        return Prefix(again(prefix.hidden, times), again(prefix.mask, times), prefix.cache.repeat(times))
 
     def _features(self, observation: Observation) -> list[Tensor]:
         if observation.features is not None:
@@ -291,22 +260,6 @@ class OpenVLA(PrefixModel):
     ) -> tuple[Float[Tensor, "B M D"], tuple[KeysValues, ...]]:
         """The language model's layers after `past`: hidden states in float32, and each layer's keys and values."""
         rotary = self.language.rotary_emb(x, positions)
-        layers = []
-        for i, layer in enumerate(self.language.layers):
-            args = (layer, x, attend, rotary, None if past is None else past[i])
-            if self._checkpointing and self.training:
-                # transformers' own checkpointing would switch keys and values off
-                x, keys_values = checkpoint(_layer, *args, use_reentrant=False)  # type: ignore[misc]
-            else:
-                x, keys_values = _layer(*args)
-            layers.append(keys_values)
-        return self.language.norm(x).float(), tuple(layers)
-
-
-def _layer(
-    layer: nn.Module, x: Tensor, attend: Tensor, rotary: Any, past: KeysValues | None
-) -> tuple[Tensor, KeysValues]:
-    cache = LayerCache(past)
-    x = layer(x, attention_mask=attend, position_embeddings=rotary, past_key_values=cache)
-    assert cache.keys_values is not None
-    return x, cache.keys_values
+        checkpointing = self._checkpointing and self.training
+        x, layers = run_layers(self.language.layers, x, attend, rotary, past, checkpointing)
+        return self.language.norm(x).float(), layers

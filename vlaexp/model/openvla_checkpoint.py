@@ -7,7 +7,6 @@ No code of a checkpoint is run and no pickle is opened. Where a checkpoint's own
 model, the checkpoint is right: RMS epsilon, rotary base and all sizes are read from it.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,18 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig
 
 from vlaexp.dataset.normalize import Statistics
 from vlaexp.errors import UserError, nearest
+from vlaexp.model import hub
 
 UnnormMode = Literal["min_max", "q01_q99"]
 PUBLISHED = "openvla/openvla-7b"
-FILES = ("*.json", "*.safetensors")
 EXPECTED = {
     "model_type": "openvla",
     "arch_specifier": "no-align+fused-gelu-mlp",
@@ -71,7 +69,9 @@ class OpenVLAConfig:
         Raises:
             UserError: where a file is missing or damaged, or describes another architecture.
         """
-        config, pixels = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
+        config, pixels = (
+            hub.read_json(folder / name, PUBLISHED) for name in ("config.json", "preprocessor_config.json")
+        )
         expected = EXPECTED | {"text_config.model_type": "llama", "interpolations": ["bicubic", "bicubic"]}
         text = config.get("text_config", {})
         found = config | {"text_config.model_type": text.get("model_type")}
@@ -91,7 +91,7 @@ class OpenVLAConfig:
             means=tuple(tuple(values) for values in pixels["means"]),
             stds=tuple(tuple(values) for values in pixels["stds"]),
             text=text,
-            norm_stats=_json(statistics) if statistics.exists() else config.get("norm_stats") or {},
+            norm_stats=hub.read_json(statistics, PUBLISHED) if statistics.exists() else config.get("norm_stats") or {},
             **given,
         )
 
@@ -103,27 +103,6 @@ class OpenVLAConfig:
     def vocabulary(self) -> int:
         """Entries of the tokenizer, without the padding of the embedding."""
         return int(self.text["vocab_size"]) - self.pad_to_multiple_of
-
-
-def locate(weights: str, revision: str | None) -> Path:
-    """The checkpoint's folder: `weights` itself, or a snapshot of that model on the hub.
-
-    Raises:
-        UserError: where it is neither, or the hub cannot be reached and holds no earlier download.
-    """
-    folder = Path(weights).expanduser()
-    if folder.is_dir():
-        return folder
-    advice = f"download {' and '.join(FILES)} of it into a folder and set model.weights=FOLDER"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
-        raise UserError(f"model.weights={weights} is no folder; for {PUBLISHED}: {advice}")
-    try:
-        return Path(snapshot_download(weights, revision=revision, allow_patterns=list(FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.weights={weights} is no folder, and the hub did not give it ({reason}); {advice}"
-        ) from error
 
 
 def published_name(name: str) -> str:
@@ -144,13 +123,7 @@ def read_tokenizer(folder: Path, config: OpenVLAConfig) -> Tokenizer:
     Raises:
         UserError: where it is missing or damaged, or has another vocabulary than the model.
     """
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{folder} lacks tokenizer.json; download it from the hub (a tokenizer.model alone won't do)")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{path} is damaged ({error}); download it again") from error
+    path, tokenizer = folder / "tokenizer.json", hub.read_tokenizer(folder)
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     if size != config.vocabulary:
         raise UserError(
@@ -190,12 +163,3 @@ def action_statistics(norm_stats: Mapping[str, Any], key: str, mode: UnnormMode 
     ranges = {"min": -1.0, "max": 1.0, "q01": -1.0, "q99": 1.0}
     values = {name: np.where(mask, stats[name], unmasked) for name, unmasked in ranges.items()}
     return Statistics(mode, np.asarray(stats["mean"]), np.asarray(stats["std"]), **values)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} is missing or damaged ({error}); model.weights wants the files of {PUBLISHED}: copy them all"
-        ) from error

@@ -35,6 +35,8 @@ from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats, Statistics
 from vlaexp.errors import UserError
 from vlaexp.model.base import MaskKind, Prefix, PrefixModel
+from vlaexp.model.hub import locate
+from vlaexp.model.layer_cache import again
 from vlaexp.model.layers import KeysValues
 from vlaexp.model.openvla_vision import resize
 from vlaexp.model.rdt_checkpoint import (
@@ -51,7 +53,7 @@ from vlaexp.model.rdt_checkpoint import (
 from vlaexp.model.rdt_language import Language
 from vlaexp.model.rdt_slots import SLOTS, checked, placed, slots_of
 from vlaexp.model.rdt_transformer import DiffusionTransformer, adaptor
-from vlaexp.model.weights import check_fit, fingerprint, locate
+from vlaexp.model.weights import check_fit, fingerprint
 
 SIGLIP_FOLDER = "siglip"
 SEEDS_FILE = "training_seeds.json"  # of merged weights: ranges of the episodes that they have seen
@@ -121,7 +123,7 @@ class RDT(PrefixModel):
     ) -> None:
         super().__init__()
         on_meta = torch.get_default_device().type == "meta"
-        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision, PUBLISHED, FILES)
+        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision, PUBLISHED, files=FILES)
         eyes = _siglip_folder(folder, vision_weights, on_meta)
         config = RDTConfig() if folder is None else RDTConfig.read(folder)
         siglip = siglip_config(eyes)
@@ -268,18 +270,19 @@ class RDT(PrefixModel):
         return self.projector.state_adaptor(torch.cat([values, mask], -1).to(self._dtype))
 
     def repeat(self, prefix: Prefix, times: int) -> Prefix:
-        def again(x: Tensor) -> Tensor:
-            return x.repeat(times, *[1] * (x.ndim - 1))
-
         cache = _conditions(prefix)
-        keys_values = tuple((again(keys), again(values)) for keys, values in cache.keys_values)
-        return Prefix(
-            again(prefix.hidden),
-            again(prefix.mask),
-            Conditions(keys_values, again(cache.language_mask), again(cache.state)),
-        )
+        keys_values = tuple((again(keys, times), again(values, times)) for keys, values in cache.keys_values)
+        conditions = Conditions(keys_values, again(cache.language_mask, times), again(cache.state, times))
+        return Prefix(again(prefix.hidden, times), again(prefix.mask, times), conditions)
 
     # ---- the diffusion transformer ----------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> "RDT":
+        return self
+
+    def restart_decoder(self) -> None:
+        raise UserError("head.init=scratch: RDT's decoder is nearly all of the model; set head.init=auto")
 
     def action_slots(self, spec: ActionSpec) -> tuple[int, ...]:
         return slots_of(spec)
@@ -325,7 +328,7 @@ def _siglip_folder(folder: Path | None, vision_weights: str | None, on_meta: boo
     if vision_weights is None and folder is not None and (folder / SIGLIP_FOLDER).is_dir():
         return folder / SIGLIP_FOLDER
     weights = vision_weights or SIGLIP
-    return None if on_meta and weights == SIGLIP else locate(weights, None, SIGLIP, FILES, "model.vision_weights")
+    return None if on_meta and weights == SIGLIP else locate(weights, None, SIGLIP, "model.vision_weights")
 
 
 def _unit(size: int) -> Statistics:

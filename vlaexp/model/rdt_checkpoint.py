@@ -7,7 +7,6 @@ A pickle is opened as weights only, so that it cannot run code. Where a checkpoi
 the checkpoint is right; what is fixed by the method (`EXPECTED`) must agree.
 """
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import SiglipVisionConfig
 
 from vlaexp.errors import UserError
+from vlaexp.model.hub import read_json
 from vlaexp.model.rdt_slots import SLOTS
 from vlaexp.model.weights import read_shards
 
@@ -76,7 +76,7 @@ class RDTConfig:
             UserError: where it is missing or damaged, or describes another architecture.
         """
         path = folder / "config.json"
-        given = _json(path, PUBLISHED)
+        given = read_json(path, PUBLISHED)
         inner = given.get("config", {})
         found = given | {f"noise_scheduler.{key}": value for key, value in inner.get("noise_scheduler", {}).items()}
         if other := {key: found.get(key) for key, value in EXPECTED.items() if found.get(key) != value}:
@@ -113,7 +113,7 @@ def siglip_config(folder: Path | None) -> SiglipVisionConfig:
             "patch_size": 14,
         }
     else:
-        whole = _json(folder / "config.json", SIGLIP)
+        whole = read_json(folder / "config.json", SIGLIP, "model.vision_weights")
         if whole.get("model_type") not in ("siglip", "siglip_vision_model"):
             raise UserError(
                 f"{folder} is no SigLIP: its config.json has model_type {whole.get('model_type')!r}; set "
@@ -170,10 +170,3 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def read_siglip(folder: Path) -> dict[str, Tensor]:
     """Tensors of the vision tower, without what RDT has no use for."""
     return {name: tensor for name, tensor in read_shards(folder).items() if not name.startswith(SIGLIP_UNUSED)}
-
-
-def _json(path: Path, published: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); copy the files of {published}") from error

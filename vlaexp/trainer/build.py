@@ -128,12 +128,27 @@ def pretrained_decoder(config: Mapping[str, Any], model: BaseModel, space: str) 
     if init == "scratch":
         return None
     shipped = model.pretrained_decoder(head_name(config), space)
-    if init == "pretrained" and shipped is None:
+    if init == "pretrained" and shipped is None and not uses_expert(config, model):
         raise UserError(
             f"{type(model).__name__} ships no decoder for head={head_name(config)} in action space {space!r} with "
             "these weights; set head.init=scratch"
         )
     return shipped
+
+
+def uses_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
+    """Whether the head is the model's own action expert or diffusion decoder."""
+    if not isinstance(model, PrefixModel):
+        return False
+    own = {"flow": model.action_expert, "diffusion": model.denoiser}
+    return own.get(head_name(config)) is not None
+
+
+def head_origin(config: Mapping[str, Any], model: BaseModel, space: str) -> str:
+    """What the head starts from."""
+    if pretrained_decoder(config, model, space) is not None:
+        return "shipped decoder"
+    return "own expert" if uses_expert(config, model) and config["head"]["init"] != "scratch" else "scratch"
 
 
 def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, norm_stats: NormStats) -> Head:
@@ -154,8 +169,21 @@ def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, no
             augmentation=instantiate(config["augmentation"]) if config["augmentation"] else None,
             seed=config["seed"],
         )
+        _start_expert(config, model)
     if (folder := pretrained_decoder(config, model, spec.space)) is not None:
         assert isinstance(head, PrefixHead)  # `pretrained_decoder` is None for others
         path = folder / "decoder.safetensors"
         copy_strictly(head.decoder_tensors(), read_safetensors(path), str(path))
     return head
+
+
+def _start_expert(config: Mapping[str, Any], model: BaseModel) -> None:
+    """A model's own decoder starts anew where that is asked for, and rests under a head that does not use it."""
+    if not isinstance(model, PrefixModel) or (model.action_expert is None and model.denoiser is None):
+        return
+    if not uses_expert(config, model):
+        for name, parameter in model.named_parameters():
+            if model.part_of(name) == "decoder":
+                parameter.requires_grad_(False)
+    elif config["head"]["init"] == "scratch":
+        model.restart_decoder()

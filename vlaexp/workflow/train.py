@@ -23,7 +23,7 @@ from vlaexp.eval.offline import held_out_error
 from vlaexp.head.base import Head
 from vlaexp.ledger import Ledger
 from vlaexp.trainer.build import build as build_policy
-from vlaexp.trainer.build import head_name, pretrained_decoder
+from vlaexp.trainer.build import head_name, head_origin
 from vlaexp.trainer.callbacks import CHECKPOINT, checkpoint_step
 from vlaexp.trainer.dry_run import find_dead_adapters
 from vlaexp.trainer.fit import Fit, fit, val_loader
@@ -180,15 +180,14 @@ def _held_out(parts: Parts, val: ChunkDataset | None) -> dict[str, Any]:
 
 def _announce(parts: Parts, data: ChunkDataset, val: ChunkDataset | None, done: int) -> None:
     demos, settings = parts.demos, parts.settings
-    decoder = pretrained_decoder(parts.config, parts.head.model, demos.spec.space)
+    origin = head_origin(parts.config, parts.head.model, demos.spec.space)
     lines = [
         f"run {parts.run}",
         f"dataset {demos.root}: {len(demos.split.train)} episodes ({len(data)} frames) to train on, "
         f"{len(demos.split.val)} held out ({0 if val is None else len(val)} frames)",
         f"actions {demos.spec.space} against {demos.spec.reference}: {demos.spec.dim} dimensions, "
         f"horizon {parts.head.action_horizon}, {parts.head.n_action_steps} executed",
-        f"head {head_name(parts.config)} from {'the shipped decoder' if decoder else 'scratch'}; "
-        f"norm stats: {parts.head.norm_stats.source}",
+        f"head {head_name(parts.config)} from {origin}; norm stats: {parts.head.norm_stats.source}",
         *parts.ledger.lines(),
         f"steps {done} of {settings.max_steps} done; milestones {sorted({*settings.milestones, settings.max_steps})}",
     ]
@@ -220,7 +219,7 @@ def make_manifest(parts: Parts, data: ChunkDataset, step: int, steps: int, secon
             "training_seeds": [list(span) for span in head.model.training_seeds],
         },
         "head": head_name(config),
-        "head_from": "shipped decoder" if pretrained_decoder(config, head.model, demos.spec.space) else "scratch",
+        "head_from": head_origin(config, head.model, demos.spec.space),
         "action_spec": demos.spec.to_dict(),
         "action_horizon": head.action_horizon,
         "n_action_steps": head.n_action_steps,

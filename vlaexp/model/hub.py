@@ -1,0 +1,72 @@
+"""Files of published models: a folder, or a snapshot of a model on the hub. Nothing in them is run as code."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tokenizers import Tokenizer
+
+from vlaexp.errors import UserError
+
+WEIGHT_FILES = ("*.json", "*.safetensors")
+
+
+def locate(
+    given: str,
+    revision: str | None,
+    published: str,
+    key: str = "model.weights",
+    files: Sequence[str] = WEIGHT_FILES,
+) -> Path:
+    """The folder `given` itself, or a snapshot of that model on the hub.
+
+    Args:
+        given: what the configuration says under `key`.
+        revision: commit or branch of a hub id.
+        published: hub id of the model that an error recommends.
+        key: of the configuration.
+        files: patterns of what is wanted from the hub.
+
+    Raises:
+        UserError: where it is neither, or the hub cannot be reached and holds no earlier download.
+    """
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    advice = f"download {' and '.join(files)} of it into a folder and set {key}=FOLDER"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        raise UserError(f"{key}={given} is no folder; for {published}: {advice}")
+    try:
+        return Path(snapshot_download(given, revision=revision, allow_patterns=list(files)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}={given} is no folder, and the hub did not give it ({reason}); {advice}") from error
+
+
+def read_json(path: Path, published: str, key: str = "model.weights") -> dict[str, Any]:
+    """A JSON file of a published model."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} is missing or damaged ({error}); {key} wants the files of {published}: copy them all"
+        ) from error
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.json of a folder.
+
+    Raises:
+        UserError: where it is missing or damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{folder} lacks tokenizer.json; download it from the hub (a tokenizer.model alone won't do)")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path} is damaged ({error}); download it again") from error
