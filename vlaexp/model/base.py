@@ -84,6 +84,7 @@ class ActionVocabulary(Protocol):
         ...
 
 
+@runtime_checkable
 class ActionExpert(Protocol):
     """A flow-matching decoder that a model ships, in vlaexp's convention: t = 0 is noise, t = 1 the action.
 
@@ -100,6 +101,7 @@ class ActionExpert(Protocol):
         ...
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """A diffusion decoder that a model ships, for vectors of a fixed width W in which an action has its slots.
 
