@@ -115,9 +115,7 @@ def test_prediction_is_the_references(model: RDT, head: DiffusionHead, observati
     CLOSE(model.denoise(model.prefill(observation), x_t, t.float(), SPEC), recorded("prediction"))
 
 
-def test_loss_is_the_references(
-    head: DiffusionHead, observation: Observation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_is_the_references(head: DiffusionHead, observation: Observation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.from_numpy(published.NOISE))
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: torch.tensor(published.STEPS))
     is_pad = torch.zeros(2, published.HORIZON, dtype=torch.bool)
@@ -261,7 +259,7 @@ def test_saved_weights_load_again(model: RDT, make: Make, tmp_path: Path) -> Non
         assert torch.equal(again.state_dict()[name], value), name
 
 
-# ---- slots ------------------------------------------------------------------------------------------------------------
+# ---- slots ---------------------------------------------------------------------------------------------------------
 
 
 def test_slots_of_an_arm() -> None:
@@ -275,7 +273,10 @@ def test_slots_of_an_arm() -> None:
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        (ActionSpec("native", ("x", "y"), ("px", "px"), 10.0), r"\['x', 'y'\] belong among its 128 slots; give slot_map"),
+        (
+            ActionSpec("native", ("x", "y"), ("px", "px"), 10.0),
+            r"\['x', 'y'\] belong among its 128 slots; give slot_map",
+        ),
         (
             ActionSpec("joint", tuple(f"j{i}" for i in range(12)), ("rad",) * 12, 10.0),
             r"12 dimensions .* do not fit one arm's 10 slots of space 'joint'; give slot_map",
@@ -289,7 +290,7 @@ def test_actions_without_slots_are_refused(spec: ActionSpec, text: str) -> None:
         slots_of(spec)
 
 
-# ---- what bad input gets ------------------------------------------------------------------------------------------------
+# ---- what bad input gets -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,9 @@ def test_wrong_arguments_say_what_is_wanted(make: Make, given: dict, text: str) 
 
 
 def test_other_heads_are_refused_with_the_reason(model: RDT) -> None:
-    with pytest.raises(UserError, match=r"RDT cannot carry head=regression, which needs .*; it carries \['diffusion'\]"):
+    with pytest.raises(
+        UserError, match=r"RDT cannot carry head=regression, which needs .*; it carries \['diffusion'\]"
+    ):
         attach(model, RegressionHead)
 
 

@@ -32,7 +32,13 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def load(folder: Path, tmp_path: Path) -> Load:
-    common = {"cameras": ["front"], "state_dim": 8, "action_dim": 8, "action_horizon": 6, "state_slots": published.SLOTS}
+    common = {
+        "cameras": ["front"],
+        "state_dim": 8,
+        "action_dim": 8,
+        "action_horizon": 6,
+        "state_slots": published.SLOTS,
+    }
     common |= {"weights": str(folder), "language_embeddings": str(tmp_path / "language")}
     return lambda **given: RDT(**(common | given))
 
@@ -92,7 +98,12 @@ def test_without_siglip_the_published_one_is_asked_for(load: Load, folder: Path,
             "model.blocks.1.ffn.fc1.weigth",
             r"missing \['model\.blocks\.1\.ffn\.fc1\.weight'\]; unknown \['.*weigth \(nearest: model\.blocks\.1\.ffn",
         ),
-        ("siglip/model.safetensors", "vision_model.post_layernorm.bias", "a.bias", r"siglip do not fit.*post_layernorm"),
+        (
+            "siglip/model.safetensors",
+            "vision_model.post_layernorm.bias",
+            "a.bias",
+            r"siglip do not fit.*post_layernorm",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_are_named(load: Load, folder: Path, file: str, old: str, new: str, text: str) -> None:
@@ -111,7 +122,11 @@ def test_truncated_weights_are_damaged(load: Load, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "text"),
     [
-        ("config.json", {"action_dim": 14}, r"no RDT checkpoint: it has {'action_dim': 14}, expected {'action_dim': 128}"),
+        (
+            "config.json",
+            {"action_dim": 14},
+            r"no RDT checkpoint: it has {'action_dim': 14}, expected {'action_dim': 128}",
+        ),
         (
             "config.json",
             {"config": published.CONFIG["config"] | {"noise_scheduler": {"prediction_type": "epsilon"}}},
@@ -123,7 +138,11 @@ def test_truncated_weights_are_damaged(load: Load, folder: Path) -> None:
             r"damaged.*'linear', expected mlp<layers>x_gelu",
         ),
         ("config.json", {"img_pos_embed_config": None}, r"config\.json is damaged"),
-        ("config.json", {"pred_horizon": 7}, r"wrong shape \['model\.x_pos_embed: file \(1, 9, 32\), model \(1, 10, 32\)"),
+        (
+            "config.json",
+            {"pred_horizon": 7},
+            r"wrong shape \['model\.x_pos_embed: file \(1, 9, 32\), model \(1, 10, 32\)",
+        ),
         ("siglip/config.json", {"model_type": "clip"}, r"is no SigLIP: its config\.json has model_type 'clip'"),
         (
             "siglip/config.json",
@@ -186,8 +205,8 @@ def test_instructions_are_encoded_once_and_kept(load: Load, t5: Path, tmp_path: 
 
 def test_unknown_instruction_says_what_to_download(load: Load, tmp_path: Path) -> None:
     text = (
-        r"no language embedding of \['open the door'\] in model\.language_embeddings=.*download google/t5-v1_1-xxl into "
-        r"a folder and set model\.text_encoder=FOLDER.*or copy open-the-door-\w+\.safetensors"
+        r"no language embedding of \['open the door'\] in model\.language_embeddings=.*download google/t5-v1_1-xxl "
+        r"into a folder and set model\.text_encoder=FOLDER.*or copy open-the-door-\w+\.safetensors"
     )
     with pytest.raises(UserError, match=text):
         load().read_instructions(["open the door"])

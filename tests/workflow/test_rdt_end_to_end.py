@@ -77,7 +77,13 @@ def test_merged_weights_act_the_same(overrides: list[str], outputs: Path, embedd
     policy = load_policy(milestone)
     assert adapters(policy.model)
     before = act(policy, overrides, outputs)
-    plain = [*overrides[:-3], "lora=none", "freeze=backbone", f"model.weights={tmp_path / 'merged'}", "trainer.max_steps=1"]
+    plain = [
+        *overrides[:-3],
+        "lora=none",
+        "freeze=backbone",
+        f"model.weights={tmp_path / 'merged'}",
+        "trainer.max_steps=1",
+    ]
     again = [*plain, "optimizer.lr=0", "name=again"]
     assert cli.main(["train", *again]) == 0
     (folder,) = outputs.glob("runs/again-*/milestones/step_000001")

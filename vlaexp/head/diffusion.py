@@ -77,9 +77,7 @@ class DiffusionHead(PrefixHead):
         t = torch.randint(DIFFUSION_STEPS, (len(x_1),), device=x_1.device)
         return self.masked_mean((self.denoise(prefix, self.add_noise(x_1, x_0, t), t.float()) - x_1) ** 2, valid)
 
-    def add_noise(
-        self, x_1: Float[Tensor, "B H W"], x_0: Float[Tensor, "B H W"], t: Tensor
-    ) -> Float[Tensor, "B H W"]:
+    def add_noise(self, x_1: Float[Tensor, "B H W"], x_0: Float[Tensor, "B H W"], t: Tensor) -> Float[Tensor, "B H W"]:
         return self._schedule_of_noise.add_noise(x_1, x_0, t)  # type: ignore[arg-type]
 
     def predict(self, prefix: Prefix, noise: Float[Tensor, "B H W"]) -> Float[Tensor, "B H A"]:

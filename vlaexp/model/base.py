@@ -138,7 +138,6 @@ class BaseModel(nn.Module, ABC):
         goal_dim: width of the predicted auxiliary goal; 0 where the model predicts none.
         crops_at_evaluation: images differ between training and evaluation, so features are not cached.
         large: `vlaexp plan` builds it without weights, on the meta device.
-        sample_instructions: some that the model can read, for made-up observations.
     """
 
     cameras: tuple[str, ...]
@@ -151,10 +150,6 @@ class BaseModel(nn.Module, ABC):
     goal_dim: int = 0
     crops_at_evaluation: bool = False
     large: bool = False
-    sample_instructions: Sequence[str] = (
-        "pick up the red cube",
-        "put the block in the box and close the drawer",
-    )
 
     @abstractmethod
     def preprocess_images(self, images: Tensor) -> Tensor:
@@ -171,6 +166,11 @@ class BaseModel(nn.Module, ABC):
     def part_of(self, name: str) -> str:
         """The part that the parameter or module of this dotted name belongs to."""
         return name.split(".", 1)[0]
+
+    @property
+    def sample_instructions(self) -> Sequence[str]:
+        """Some that the model can read, for made-up observations."""
+        return ("pick up the red cube", "put the block in the box and close the drawer")
 
     def read_instructions(self, instructions: Sequence[str]) -> None:
         """Get ready for the instructions of a training; most models read any.

@@ -139,7 +139,8 @@ class RDT(PrefixModel):
                 "or less"
             )
         self.cameras, self.n_obs_steps = tuple(cameras), config.img_history_size
-        self.config, self.width, self.image_size = config, config.hidden_size, int(siglip.image_size)
+        assert isinstance(siglip.image_size, int)
+        self.config, self.width, self.image_size = config, config.hidden_size, siglip.image_size
         state_dim = len(state_slots) if state_dim is None else state_dim
         self._state_slots = checked(state_slots, state_dim, "model.state_slots")
         self._action_dim, self._normalize = action_dim, normalize
@@ -236,7 +237,7 @@ class RDT(PrefixModel):
         language = language + position[:, : language.shape[1]]
         images = self.projector.img_adaptor(self._image_tokens(observation)) + self.decoder.img_cond_pos_embed
         keys_values = tuple(
-            self._run(block.cross_attn.keys_values, images if i % 2 else language)
+            self._run(block.cross_attn.keys_values, images if i % 2 else language)  # type: ignore[union-attr]
             for i, block in enumerate(self.decoder.blocks)
         )
         state = self._tokens(placed(observation.state[:, -1:], self._state_slots), self._state_slots)

@@ -128,6 +128,8 @@ def siglip_config(folder: Path | None) -> SiglipVisionConfig:
 
 def check_patches(config: RDTConfig, siglip: SiglipVisionConfig, folder: Path) -> None:
     """Whether a vision tower gives the image tokens that an RDT was trained on."""
+    assert isinstance(siglip.image_size, int)
+    assert isinstance(siglip.patch_size, int)
     tokens = ((siglip.image_size // siglip.patch_size) ** 2, siglip.hidden_size)
     if tokens != (config.num_patches, config.img_token_dim):
         raise UserError(

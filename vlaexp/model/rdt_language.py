@@ -43,9 +43,7 @@ class Language(nn.Module):
         self._folder, self._text_encoder = folder, text_encoder
         self._embeddings: dict[str, Float[Tensor, "L E"]] = {}
 
-    def forward(
-        self, instructions: Sequence[str], like: Tensor
-    ) -> tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"]]:
+    def forward(self, instructions: Sequence[str], like: Tensor) -> tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"]]:
         """Tokens on the device and in the dtype of `like`, and which of them are real."""
         if like.is_meta:
             tokens = like.new_empty(len(instructions), META_LENGTH, self._width)
@@ -118,7 +116,7 @@ def encode(folder: Path, instructions: Sequence[str], longest: int) -> list[Floa
         raise UserError(f"model.text_encoder={folder} is no folder; download {T5} into one")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model, found = T5EncoderModel.from_pretrained(
+        model, found = T5EncoderModel.from_pretrained(  # type: ignore[misc]
             folder, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, ImportError) as error:

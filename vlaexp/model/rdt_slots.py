@@ -51,8 +51,8 @@ def checked(slots: Sequence[int], dim: int, name: str) -> tuple[int, ...]:
     """`slots`, where they are `dim` different slots."""
     if len(slots) != dim or len({*slots}) != dim or not all(0 <= slot < SLOTS for slot in slots):
         raise UserError(
-            f"{name} is {list(slots)}; expected {dim} different slots from 0 to {SLOTS - 1}, one for each number of the "
-            "data (vlaexp/model/rdt_slots.py lists them)"
+            f"{name} is {list(slots)}; expected {dim} different slots from 0 to {SLOTS - 1}, one for each number of "
+            "the data (vlaexp/model/rdt_slots.py lists them)"
         )
     return tuple(slots)
 

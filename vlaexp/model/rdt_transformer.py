@@ -33,9 +33,7 @@ class RmsNorm(nn.Module):
     square of later versions moves outputs visibly.
     """
 
-    def __init__(
-        self, width: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, width: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
 
@@ -89,7 +87,7 @@ class Block(nn.Module):
         self.norm2 = RmsNorm(width)
         self.cross_attn = CrossAttention(width, num_heads)
         self.norm3 = RmsNorm(width)
-        self.ffn = Mlp(width, width, act_layer=Gelu)
+        self.ffn = Mlp(width, width, act_layer=Gelu)  # type: ignore[arg-type]
 
     def forward(
         self, x: Float[Tensor, "B M D"], keys_values: KeysValues, mask: Bool[Tensor, "B L"] | None
@@ -105,7 +103,7 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm_final = RmsNorm(width)
-        self.ffn_final = Mlp(width, width, SLOTS, act_layer=Gelu)
+        self.ffn_final = Mlp(width, width, SLOTS, act_layer=Gelu)  # type: ignore[arg-type]
 
     def forward(self, x: Float[Tensor, "B H D"]) -> Float[Tensor, "B H W"]:
         return self.ffn_final(self.norm_final(x))
