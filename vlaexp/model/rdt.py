@@ -23,12 +23,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import SiglipVisionModel
 
 from vlaexp.action_spec import ActionSpec
 from vlaexp.data_types import Observation
@@ -38,27 +36,22 @@ from vlaexp.model.base import MaskKind, Prefix, PrefixModel
 from vlaexp.model.hub import locate
 from vlaexp.model.layer_cache import again
 from vlaexp.model.layers import KeysValues
-from vlaexp.model.openvla_vision import resize
 from vlaexp.model.rdt_checkpoint import (
     FILES,
     PUBLISHED,
-    SIGLIP,
     RDTConfig,
-    check_patches,
     published_name,
-    read_siglip,
     read_weights,
-    siglip_config,
 )
 from vlaexp.model.rdt_language import Language
 from vlaexp.model.rdt_slots import SLOTS, checked, placed, slots_of
 from vlaexp.model.rdt_transformer import DiffusionTransformer, adaptor
+from vlaexp.model.rdt_vision import MEAN_COLOUR, SIGLIP, Vision, pad_and_resize, read_vision, vision_config
 from vlaexp.model.weights import check_fit, fingerprint
 
 SIGLIP_FOLDER = "siglip"
 SEEDS_FILE = "training_seeds.json"  # of merged weights: ranges of the episodes that they have seen
 PUBLISHED_DTYPE = "bfloat16"
-MEAN_COLOUR = 127  # int(0.5 * 255), as RDT pads
 
 
 class Projector(nn.Module):
@@ -126,8 +119,7 @@ class RDT(PrefixModel):
         folder = None if on_meta and weights == PUBLISHED else locate(weights, revision, PUBLISHED, files=FILES)
         eyes = _siglip_folder(folder, vision_weights, on_meta)
         config = RDTConfig() if folder is None else RDTConfig.read(folder)
-        siglip = siglip_config(eyes)
-        check_patches(config, siglip, eyes or Path(SIGLIP))
+        vision = vision_config(eyes, config)
         if not 1 <= len(cameras) <= config.num_cameras:
             raise UserError(
                 f"model.cameras={list(cameras)}; this RDT takes 1 to {config.num_cameras}, in the order exterior, "
@@ -139,15 +131,14 @@ class RDT(PrefixModel):
                 "or less"
             )
         self.cameras, self.n_obs_steps = tuple(cameras), config.img_history_size
-        assert isinstance(siglip.image_size, int)
-        self.config, self.width, self.image_size = config, config.hidden_size, siglip.image_size
+        self.config, self.width = config, config.hidden_size
         state_dim = len(state_slots) if state_dim is None else state_dim
         self._state_slots = checked(state_slots, state_dim, "model.state_slots")
         self._action_dim, self._normalize = action_dim, normalize
         self._weights, self._checkpointing = weights, gradient_checkpointing
         encoder = None if text_encoder is None else Path(text_encoder).expanduser()
         with torch.device("meta"):  # the weights bring their own memory
-            self.vision = SiglipVisionModel(siglip)
+            self.vision = Vision(vision)
             self.projector = Projector(config)
             self.language = Language(config, Path(language_embeddings).expanduser(), encoder)
             self.decoder = DiffusionTransformer(config)
@@ -168,7 +159,7 @@ class RDT(PrefixModel):
         own, given = self.state_dict(), {}
         for source, read, is_ours in (
             (self._folder, read_weights, lambda name: not name.startswith("vision.")),
-            (self._eyes, read_siglip, lambda name: name.startswith("vision.")),
+            (self._eyes, read_vision, lambda name: name.startswith("vision.")),
         ):
             wanted = {published_name(name): value for name, value in own.items() if is_ours(name)}
             tensors = read(source)
@@ -176,8 +167,7 @@ class RDT(PrefixModel):
             given |= tensors
         dtype = dtype or given["model.x_pos_embed"].dtype
         self.load_state_dict({name: given[published_name(name)].to(dtype) for name in own}, assign=True)
-        places = self.vision.vision_model.embeddings
-        places.position_ids = torch.arange(places.num_positions)[None]  # which are in no file
+        self.vision.renew_positions()
 
     # ---- the contract of a base -----------------------------------------------------------------------------------
 
@@ -217,19 +207,14 @@ class RDT(PrefixModel):
     # ---- conditions -------------------------------------------------------------------------------------------------
 
     def preprocess_images(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        side = max(height, width)
-        top, left = (side - height) // 2, (side - width) // 2
-        square = F.pad(images, (left, side - width - left, top, side - height - top), value=MEAN_COLOUR)
-        return resize(square, self.image_size)
+        return pad_and_resize(images, self.vision.image_size)
 
     def image_pipeline(self) -> str:
-        size = self.image_size
+        size = self.vision.image_size
         return f"pad to a square with grey {MEAN_COLOUR}, resize to {size}x{size}, bicubic with antialias"
 
     def encode_images(self, images: UInt8[Tensor, "n 3 h w"], camera: str) -> Float[Tensor, "n N C"]:
-        pixels = images.float() / 127.5 - 1
-        return self.vision(pixels.to(self._dtype)).last_hidden_state
+        return self.vision.patches(images)
 
     def prefill(self, observation: Observation) -> Prefix:
         position = self.decoder.lang_cond_pos_embed
@@ -248,9 +233,7 @@ class RDT(PrefixModel):
         """Of all frames, cameras and patches, in this order."""
         views = [self._features(observation, camera) for camera in self.cameras]
         if missing := self.config.num_cameras - len(views):
-            size = self.image_size
-            grey = torch.full((1, 3, size, size), MEAN_COLOUR, dtype=torch.uint8, device=views[0].device)
-            views += [self.encode_images(grey, "missing")[None].expand_as(views[0])] * missing
+            views += [self.vision.nothing()[None].expand_as(views[0])] * missing
         return torch.stack(views, 2).flatten(1, 3)
 
     def _features(self, observation: Observation, camera: str) -> Float[Tensor, "B T N C"]:

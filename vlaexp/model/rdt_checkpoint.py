@@ -1,7 +1,7 @@
-"""The published format of rdt-1b on disk, read as data, and the format of its SigLIP.
+"""The published format of rdt-1b on disk, read as data.
 
     config.json  pytorch_model.bin, or safetensors (one file, or shards with an index)
-    siglip/      of merged weights: config.json and safetensors of the vision tower, which rdt-1b does not hold
+    siglip/      of merged weights: the vision tower (`rdt_vision`), which rdt-1b itself does not hold
 
 A pickle is opened as weights only, so that it cannot run code. Where a checkpoint's sizes differ from those of rdt-1b,
 the checkpoint is right; what is fixed by the method (`EXPECTED`) must agree.
@@ -9,14 +9,11 @@ the checkpoint is right; what is fixed by the method (`EXPECTED`) must agree.
 
 import pickle
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import SiglipVisionConfig
 
 from vlaexp.errors import UserError
 from vlaexp.model.hub import read_json
@@ -24,9 +21,7 @@ from vlaexp.model.rdt_slots import SLOTS
 from vlaexp.model.weights import read_shards
 
 PUBLISHED = "robotics-diffusion-transformer/rdt-1b"
-SIGLIP = "google/siglip-so400m-patch14-384"
 FILES = ("config.json", "pytorch_model.bin", "*.safetensors", "*.safetensors.index.json")
-SIGLIP_UNUSED = ("text_model.", "logit_scale", "logit_bias", "vision_model.head.")  # which the published SigLIP holds
 EXPECTED = {
     "action_dim": SLOTS,
     "state_token_dim": SLOTS,
@@ -101,43 +96,6 @@ def _layers(adaptor: str) -> int:
     return int(match.group(1))
 
 
-def siglip_config(folder: Path | None) -> SiglipVisionConfig:
-    """The vision tower's configuration; None for that of the published one."""
-    if folder is None:
-        given: Mapping[str, Any] = {
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "image_size": 384,
-            "patch_size": 14,
-        }
-    else:
-        whole = read_json(folder / "config.json", SIGLIP, "model.vision_weights")
-        if whole.get("model_type") not in ("siglip", "siglip_vision_model"):
-            raise UserError(
-                f"{folder} is no SigLIP: its config.json has model_type {whole.get('model_type')!r}; set "
-                f"model.vision_weights to a folder of {SIGLIP}"
-            )
-        given = whole.get("vision_config", whole)
-    config = SiglipVisionConfig(**{key: value for key, value in given.items() if key != "model_type"})
-    config.vision_use_head = False  # RDT reads the patches
-    config._attn_implementation = "sdpa"
-    return config
-
-
-def check_patches(config: RDTConfig, siglip: SiglipVisionConfig, folder: Path) -> None:
-    """Whether a vision tower gives the image tokens that an RDT was trained on."""
-    assert isinstance(siglip.image_size, int)
-    assert isinstance(siglip.patch_size, int)
-    tokens = ((siglip.image_size // siglip.patch_size) ** 2, siglip.hidden_size)
-    if tokens != (config.num_patches, config.img_token_dim):
-        raise UserError(
-            f"the SigLIP in {folder} gives {tokens[0]} tokens of width {tokens[1]} per image, this RDT was trained on "
-            f"{config.num_patches} of width {config.img_token_dim}; set model.vision_weights to the one that it used"
-        )
-
-
 def published_name(name: str) -> str:
     """The name that a parameter of `vlaexp.model.rdt.RDT` has in published weights of RDT or SigLIP."""
     for ours, theirs in (
@@ -167,8 +125,3 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is damaged or holds more than weights, which is not opened ({reason}); download it again"
         ) from error
-
-
-def read_siglip(folder: Path) -> dict[str, Tensor]:
-    """Tensors of the vision tower, without what RDT has no use for."""
-    return {name: tensor for name, tensor in read_shards(folder).items() if not name.startswith(SIGLIP_UNUSED)}
