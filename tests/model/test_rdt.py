@@ -218,6 +218,15 @@ def test_each_condition_reaches_the_action(head: DiffusionHead, observation: Obs
     assert all(not torch.allclose(other.action, before, atol=1e-4) for other in others)
 
 
+def test_bfloat16_acts_nearly_the_same(make: Make, observation: Observation) -> None:
+    small, large = (
+        attach(make(dtype=dtype)).eval().predict_action(observation, torch.from_numpy(published.NOISE)).action
+        for dtype in ("bfloat16", "float32")
+    )
+    assert small.dtype == torch.float32
+    torch.testing.assert_close(small, large, rtol=0, atol=0.1)
+
+
 def test_gradient_checkpointing_changes_nothing(make: Make, observation: Observation) -> None:
     losses, gradients = [], []
     for checkpointing in (False, True):
@@ -314,6 +323,11 @@ def test_other_heads_are_refused_with_the_reason(model: RDT) -> None:
         UserError, match=r"RDT cannot carry head=regression, which needs .*; it carries \['diffusion'\]"
     ):
         attach(model, RegressionHead)
+
+
+def test_decoder_cannot_start_from_scratch(model: RDT) -> None:
+    with pytest.raises(UserError, match=r"head\.init=scratch: RDT's decoder is nearly all of the model"):
+        model.restart_decoder()
 
 
 def test_missing_camera_is_named(model: RDT, observation: Observation) -> None:

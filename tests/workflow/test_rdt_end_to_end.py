@@ -63,6 +63,7 @@ def test_train_save_load_act(adapt: str, space: str, overrides: list[str], outpu
     assert ("decoder.blocks.0.attn.qkv" in record["adaptation"]["adapted_modules"]) == (adapt == "lora")
     assert ("SI units" in record["norm_stats"]["source"]) == (space == "joint")
     assert record["n_obs_steps"] == 2
+    assert record["head_from"] == "own expert"
     (run,) = outputs.glob("runs/rdt-*")
     held_out = json.loads((run / "held_out.json").read_text())
     assert 0 < held_out["mean_action_mse"] < 1
@@ -88,6 +89,26 @@ def test_merged_weights_act_the_same(overrides: list[str], outputs: Path, embedd
     assert cli.main(["train", *again]) == 0
     (folder,) = outputs.glob("runs/again-*/milestones/step_000001")
     np.testing.assert_allclose(act(load_policy(folder), again, outputs), before, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (["head=flow"], "RDT cannot carry head=flow, which needs hidden states"),
+        (["head=discrete_token"], "RDT cannot carry head=discrete_token"),
+        (["head=regression"], "RDT cannot carry head=regression"),
+        (["action_horizon=7"], "this RDT predicts up to 6 steps"),
+        (["action_space=native"], "give slot_map, one slot per dimension, in the dataset's vlaexp.yaml"),
+        (["head.init=scratch"], "set head.init=auto"),
+        (["lora=none", "freeze=all"], "nothing would train: vision,projector,language,decoder is frozen"),
+        (["freeze=last_layer"], "RDT has no layers called 'embeddings'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    wrong: list[str], text: str, overrides: list[str], outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", *overrides, *wrong]) == 1
+    assert text in capsys.readouterr().err
 
 
 def test_missing_embedding_stops_before_training(

@@ -8,7 +8,8 @@ Convention: x_1 is the action, x_0 noise, as everywhere in vlaexp; the field's l
 The network predicts x_1. Training draws t evenly; sampling runs `num_steps` of the multistep DPM-Solver++ (arXiv
 2211.01095), which is deterministic given the noise. Both are `diffusers`' schedulers.
 
-A model with its own diffusion decoder (`vlaexp.model.base.Denoiser`: RDT) denoises vectors of fixed width in which the
+A model with its own diffusion decoder (`vlaexp.model.base.Denoiser`: RDT) lends it, and then this head has no layers. It
+denoises vectors of fixed width in which the
 action has its slots. As published, the loss covers them all, zeros included, and noise fills them all; only the result
 is restricted to the action. Padded steps, which RDT's code trains on, carry no loss here. On other models the noised
 action runs through the hidden states, as in head=flow.
@@ -88,6 +89,10 @@ class DiffusionHead(PrefixHead):
             x_1 = self.denoise(prefix, x_t, t.float().to(x_t.device).expand(len(x_t)))
             x_t = solver.step(x_1, t, x_t).prev_sample  # type: ignore[union-attr]
         return x_t.index_select(-1, self._slots)
+
+    def decoder_tensors(self) -> dict[str, Tensor]:
+        """None for a model with its own denoiser, whose weights are among the base's."""
+        return {} if self.model.denoiser is not None else super().decoder_tensors()
 
     def denoise(self, prefix: Prefix, x_t: Float[Tensor, "B H W"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H W"]:
         """x_1 by the network."""

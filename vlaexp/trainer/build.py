@@ -56,7 +56,13 @@ def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: 
     freeze_parts(model, freeze)
     adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
     own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
-    return Built(head, adapter, ledger(model, own, lora))
+    built = Built(head, adapter, ledger(model, own, lora))
+    if not built.ledger.trainable:
+        raise UserError(
+            f"nothing would train: {freeze} is frozen, there are no adapters, and head={head.name} has no layers of its "
+            "own here; set lora=r16 with lora.targets=, or freeze less"
+        )
+    return built
 
 
 def build_model(
