@@ -264,6 +264,9 @@ def test_saved_weights_load_again(model: RDT, make: Make, tmp_path: Path) -> Non
     changed.save_weights(tmp_path, unit_statistics(SPEC), [(3, 9)])
     again = make(weights=str(tmp_path))
     assert again.training_seeds == ((3, 9),)
+    stats = make(weights=str(tmp_path), normalize=True).input_stats()
+    assert stats is not None
+    assert stats.content_hash() == unit_statistics(SPEC).content_hash()
     for name, value in changed.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
 

@@ -8,11 +8,11 @@ Convention: x_1 is the action, x_0 noise, as everywhere in vlaexp; the field's l
 The network predicts x_1. Training draws t evenly; sampling runs `num_steps` of the multistep DPM-Solver++ (arXiv
 2211.01095), which is deterministic given the noise. Both are `diffusers`' schedulers.
 
-A model with its own diffusion decoder (`vlaexp.model.base.Denoiser`: RDT) lends it, and then this head has no layers. It
-denoises vectors of fixed width in which the
-action has its slots. As published, the loss covers them all, zeros included, and noise fills them all; only the result
-is restricted to the action. Padded steps, which RDT's code trains on, carry no loss here. On other models the noised
-action runs through the hidden states, as in head=flow.
+A model with its own diffusion decoder (`vlaexp.model.base.Denoiser`: RDT) lends it, and then this head has no layers.
+Such a decoder works on wide vectors in which the action has its slots. As published, the loss covers all of them, zeros
+of the unused included, and noise fills all of them; only the result is restricted to the action. Padded steps, which
+RDT's code trains on, carry no loss here. On other models the noised action runs through the hidden states, as in
+head=flow.
 """
 
 from typing import Any
@@ -67,8 +67,7 @@ class DiffusionHead(PrefixHead):
         self.register_buffer("_slots", torch.tensor(slots), persistent=False)
         weights = torch.ones(self._width).index_copy(0, self._slots, self._dimension_weights)
         self._dimension_weights = weights  # zeros of unused slots count as any other number
-        with torch.device("cpu"):  # the solver cannot be made elsewhere
-            self._schedule_of_noise = DDPMScheduler(**SCHEDULE, clip_sample=False)
+        self._noise_schedule = DDPMScheduler(**SCHEDULE, clip_sample=False)
 
     def loss(self, prefix: Prefix, action: Float[Tensor, "B H A"], valid: Float[Tensor, "B H"]) -> Tensor:
         prefix = self.model.repeat(prefix, self._samples) if self._samples > 1 else prefix
@@ -79,7 +78,7 @@ class DiffusionHead(PrefixHead):
         return self.masked_mean((self.denoise(prefix, self.add_noise(x_1, x_0, t), t.float()) - x_1) ** 2, valid)
 
     def add_noise(self, x_1: Float[Tensor, "B H W"], x_0: Float[Tensor, "B H W"], t: Tensor) -> Float[Tensor, "B H W"]:
-        return self._schedule_of_noise.add_noise(x_1, x_0, t)  # type: ignore[arg-type]
+        return self._noise_schedule.add_noise(x_1, x_0, t)  # type: ignore[arg-type]
 
     def predict(self, prefix: Prefix, noise: Float[Tensor, "B H W"]) -> Float[Tensor, "B H A"]:
         solver = DPMSolverMultistepScheduler(**SCHEDULE)

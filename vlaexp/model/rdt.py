@@ -50,6 +50,7 @@ from vlaexp.model.rdt_vision import MEAN_COLOUR, SIGLIP, Vision, pad_and_resize,
 from vlaexp.model.weights import check_fit, fingerprint
 
 SIGLIP_FOLDER = "siglip"
+STATS_FILE = "norm_stats.json"  # of merged weights: what their inputs were normalized with
 SEEDS_FILE = "training_seeds.json"  # of merged weights: ranges of the episodes that they have seen
 PUBLISHED_DTYPE = "bfloat16"
 
@@ -142,6 +143,7 @@ class RDT(PrefixModel):
             self.projector = Projector(config)
             self.language = Language(config, Path(language_embeddings).expanduser(), encoder)
             self.decoder = DiffusionTransformer(config)
+        self._stats: NormStats | None = None
         self._fingerprint = "no weights on the meta device"
         if on_meta:
             self.to(getattr(torch, dtype or PUBLISHED_DTYPE))
@@ -151,6 +153,8 @@ class RDT(PrefixModel):
         self._folder, self._eyes = folder, eyes
         self._load(None if dtype is None else getattr(torch, dtype))
         self._fingerprint = fingerprint(self.state_dict())
+        if (folder / STATS_FILE).exists():
+            self._stats = NormStats.load(folder / STATS_FILE)
         if (folder / SEEDS_FILE).exists():
             self.training_seeds = tuple((low, high) for low, high in json.loads((folder / SEEDS_FILE).read_text()))
 
@@ -176,7 +180,7 @@ class RDT(PrefixModel):
 
     def input_stats(self) -> NormStats | None:
         if self._normalize:
-            return None
+            return self._stats
         assert self._action_dim is not None
         sizes = {"state": len(self._state_slots), "action": self._action_dim}
         return NormStats({name: _unit(size) for name, size in sizes.items()}, {}, "SI units (model.normalize=false)")
@@ -194,7 +198,7 @@ class RDT(PrefixModel):
         for source, target, names in ((self._folder, folder, tensors.keys() - seen), (self._eyes, eyes, seen)):
             shutil.copy(source / "config.json", target / "config.json")
             save_torch_state_dict({name: tensors[name] for name in sorted(names)}, target, metadata={"format": "pt"})
-        input_stats.save(folder / "norm_stats.json")
+        input_stats.save(folder / STATS_FILE)
         (folder / SEEDS_FILE).write_text(json.dumps(training_seeds) + "\n")
 
     @property

@@ -59,8 +59,8 @@ def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: 
     built = Built(head, adapter, ledger(model, own, lora))
     if not built.ledger.trainable:
         raise UserError(
-            f"nothing would train: {freeze} is frozen, there are no adapters, and head={head.name} has no layers of its "
-            "own here; set lora=r16 with lora.targets=, or freeze less"
+            f"nothing would train: {freeze} is frozen, there are no adapters, and head={head.name} has no layers of "
+            "its own here; set lora=r16 with lora.targets=, or freeze less"
         )
     return built
 
