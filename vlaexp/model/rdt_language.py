@@ -1,15 +1,19 @@
 """Embeddings of instructions by T5-XXL (4.8 billion parameters), computed once and kept on disk, and their adaptor.
 
     <folder>/<words of the instruction>-<hash>.safetensors    `embedding` (tokens, 4096): the last hidden state; the
-                                                              instruction itself is in the file's metadata
+                                                              instruction itself is in its metadata
 
 T5 is in memory only while it encodes instructions that the folder lacks, in bfloat16 on the CPU.
 """
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -67,18 +71,15 @@ class Language(nn.Module):
 
     def known(self) -> tuple[str, ...]:
         """Instructions in the folder, in the order of their files."""
-        found = []
+        found: list[str] = []
         for path in sorted(self._folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                found.append((file.metadata() or {}).get("instruction"))
-        return tuple(text for text in found if text is not None)
+            with _opened(path) as file:
+                found.append(file.metadata()["instruction"])
+        return tuple(found)
 
     def _read(self, path: Path) -> Float[Tensor, "L E"]:
-        try:
-            with safe_open(path, "pt") as file:
-                embedding = file.get_tensor("embedding")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"language embedding {path} is damaged ({error}); remove it to encode it again") from error
+        with _opened(path) as file:
+            embedding = file.get_tensor("embedding")
         if embedding.ndim != 2 or embedding.shape[1] != self._width or not 0 < len(embedding) <= self._longest:
             raise UserError(
                 f"language embedding {path} has shape {tuple(embedding.shape)}; expected (tokens, {self._width}) with "
@@ -93,16 +94,27 @@ class Language(nn.Module):
                 f"{T5} into a folder and set model.text_encoder=FOLDER (each instruction is encoded once and kept), "
                 f"or copy {embedding_file(self._folder, instructions[0]).name} from where it was made"
             )
-        print(f"encoding {len(instructions)} instructions with {self._text_encoder}", flush=True)
+        print(f"encoding {len(instructions)} instructions with {self._text_encoder}", file=sys.stderr, flush=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         for text, embedding in zip(instructions, encode(self._text_encoder, instructions, self._longest), strict=True):
-            save_file({"embedding": embedding}, embedding_file(self._folder, text), metadata={"instruction": text})
+            partial = self._folder / f"{os.getpid()}.partial"
+            save_file({"embedding": embedding}, partial, metadata={"instruction": text})
+            partial.rename(embedding_file(self._folder, text))  # whole, or not there for other processes
 
 
 def embedding_file(folder: Path, instruction: str) -> Path:
     """Where the embedding of an instruction lies."""
     words = re.sub(r"[^a-z0-9]+", "-", instruction.lower()).strip("-")[:60]
     return folder / f"{words}-{hashlib.sha256(instruction.encode()).hexdigest()[:12]}.safetensors"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"language embedding {path} is damaged ({error!r}); remove it to encode it again") from error
 
 
 @torch.inference_mode()
