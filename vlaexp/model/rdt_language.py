@@ -53,9 +53,9 @@ class Language(nn.Module):
             tokens = like.new_empty(len(instructions), META_LENGTH, self._width)
             return self.adaptor(tokens), torch.ones_like(tokens[..., 0], dtype=torch.bool)
         self.read(instructions)
-        rows = [self._embeddings[text] for text in instructions]
+        rows = [self._embeddings[text].to(like) for text in instructions]
         lengths = torch.tensor([len(row) for row in rows], device=like.device)
-        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(like)
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return self.adaptor(tokens), torch.arange(tokens.shape[1], device=like.device) < lengths[:, None]
 
     def read(self, instructions: Iterable[str]) -> None:
