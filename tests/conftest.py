@@ -31,6 +31,14 @@ def openvla_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def rdt_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of tiny checkpoints in the published formats of rdt-1b and its SigLIP."""
+    from rdt_checkpoint import write
+
+    return write(tmp_path_factory.mktemp("rdt"))
+
+
+@pytest.fixture(scope="session")
 def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Outputs folder of the session; holds the dataset `tabletop_pick` of 8 demonstrations."""
     from vlaexp.config import compose

@@ -28,6 +28,8 @@ HEADS = {
     "flow-ee_delta": ["head=flow"],
     "flow-joint": ["head=flow", "action_space=joint"],
     "flow-velocity": ["head=flow", "head.prediction=velocity"],
+    "diffusion-ee_delta": ["head=diffusion"],
+    "diffusion-joint": ["head=diffusion", "action_space=joint", "head.samples_per_observation=3"],
     "regression": ["head=regression"],
     "linear": ["head=linear"],
 }

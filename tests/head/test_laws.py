@@ -55,8 +55,8 @@ def test_padded_step_has_zero_gradient(parts: Parts, batch: Batch) -> None:
 
 
 def test_label_of_a_padded_step_changes_nothing(parts: Parts, batch: Batch) -> None:
-    if parts.head.name == "flow":
-        pytest.skip("the noised padding is part of the input, as in pi0; its loss is masked")
+    if parts.head.name in ("flow", "diffusion"):
+        pytest.skip("the noised padding is part of the input, as in pi0 and RDT; its loss is masked")
     head, batch = parts.head.eval(), with_padding(batch)
     action = head.action_norm.normalize(batch.action)
     other = torch.where(batch.action_is_pad[..., None], torch.full_like(action, 0.5), action)
@@ -234,6 +234,7 @@ def test_adapter_learning_rate_is_a_multiple_of_the_heads(make: Make) -> None:
         (["n_action_steps=0"], r"n_action_steps=0; expected 1 to"),
         (["head.dimension_weights=[1.0,2.0]"], r"head\.dimension_weights has 2 entries; expected 7"),
         (["head=flow", "head.num_steps=0"], r"head\.num_steps=0; expected at least 1"),
+        (["head=diffusion", "head.num_steps=0"], r"head\.num_steps=0; expected 1 to 1000 solver steps"),
         (["head=discrete_token", "head.bins=1"], r"head\.bins=1; expected at least 2"),
         (["head=discrete_token", "head.label_sigma=-1.0"], r"head\.label_sigma=-1.0.*expected 0"),
         (["head.init=best"], r"head\.init='best'; expected one of"),

@@ -15,6 +15,7 @@ HEADS = {
     "autoregressive": AUTOREGRESSIVE,
     "parallel": ["head=discrete_token", "action_horizon=2", "n_action_steps=2"],
     "joint": ["head=joint", "action_horizon=4"],
+    "diffusion": ["head=diffusion", "action_horizon=4"],
     "flow": ["head=flow", "head.num_steps=2", "head.samples_per_observation=2", "action_horizon=4"],
 }
 

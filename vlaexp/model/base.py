@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from vlaexp.action_spec import ActionSpec
 from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
@@ -100,6 +101,27 @@ class ActionExpert(Protocol):
         ...
 
 
+@runtime_checkable
+class Denoiser(Protocol):
+    """A diffusion decoder that a model ships, for vectors of a fixed width W in which an action has its slots.
+
+    Attributes:
+        action_width: W.
+    """
+
+    action_width: int
+
+    def action_slots(self, spec: ActionSpec) -> Sequence[int]:
+        """The slot of each action dimension; a `UserError` where there is none for it."""
+        ...
+
+    def denoise(
+        self, prefix: Prefix, x_t: Float[Tensor, "B H W"], t: Float[Tensor, "B"], spec: ActionSpec
+    ) -> Float[Tensor, "B H W"]:
+        """The clean chunk x_1, predicted from the noised one at diffusion steps t."""
+        ...
+
+
 class BaseModel(nn.Module, ABC):
     """Base class of all base models.
 
@@ -144,6 +166,18 @@ class BaseModel(nn.Module, ABC):
     def part_of(self, name: str) -> str:
         """The part that the parameter or module of this dotted name belongs to."""
         return name.split(".", 1)[0]
+
+    @property
+    def sample_instructions(self) -> Sequence[str]:
+        """Some that the model can read, for made-up observations."""
+        return ("pick up the red cube", "put the block in the box and close the drawer")
+
+    def read_instructions(self, instructions: Sequence[str]) -> None:
+        """Get ready for the instructions of a training; most models read any.
+
+        Raises:
+            UserError: where one cannot be read.
+        """
 
     def input_stats(self) -> NormStats | None:
         """Statistics that the loaded weights' inputs were normalized with; None where any will do."""
@@ -205,8 +239,13 @@ class PrefixModel(BaseModel):
         """The model's own flow-matching decoder, whose weights are among the loaded ones; None where it has none."""
         return None
 
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """The model's own diffusion decoder, whose weights are among the loaded ones; None where it has none."""
+        return None
+
     def restart_decoder(self) -> None:
-        """Draw the weights of the action expert anew and call them `reinitialized`."""
+        """Draw the weights of such a decoder anew and call them `reinitialized`."""
         raise NotImplementedError
 
     def pretrained_decoder(self, head: str, space: str) -> Path | None:

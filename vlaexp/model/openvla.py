@@ -95,7 +95,7 @@ class OpenVLA(PrefixModel):
     n_obs_steps = 1
     plan_width = 0
     large = True
-    supported_heads = ("regression", "joint", "ee_delta", "discrete_token", "flow")
+    supported_heads = ("regression", "joint", "ee_delta", "discrete_token", "flow", "diffusion")
 
     def __init__(
         self,

@@ -183,7 +183,7 @@ class TinyVLA(PrefixModel):
     """
 
     n_obs_steps = 1
-    supported_heads = ("linear", "regression", "joint", "ee_delta", "discrete_token", "flow")
+    supported_heads = ("linear", "regression", "joint", "ee_delta", "discrete_token", "flow", "diffusion")
 
     def __init__(
         self,

@@ -56,7 +56,13 @@ def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: 
     freeze_parts(model, freeze)
     adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
     own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
-    return Built(head, adapter, ledger(model, own, lora))
+    built = Built(head, adapter, ledger(model, own, lora))
+    if not built.ledger.trainable:
+        raise UserError(
+            f"nothing would train: {freeze} is frozen, there are no adapters, and head={head.name} has no layers of "
+            "its own here; set lora=r16 with lora.targets=, or freeze less"
+        )
+    return built
 
 
 def build_model(
@@ -137,8 +143,11 @@ def pretrained_decoder(config: Mapping[str, Any], model: BaseModel, space: str) 
 
 
 def uses_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
-    """Whether the head is the model's own action expert."""
-    return isinstance(model, PrefixModel) and model.action_expert is not None and head_name(config) == "flow"
+    """Whether the head is the model's own action expert or diffusion decoder."""
+    if not isinstance(model, PrefixModel):
+        return False
+    own = {"flow": model.action_expert, "diffusion": model.denoiser}
+    return own.get(head_name(config)) is not None
 
 
 def head_origin(config: Mapping[str, Any], model: BaseModel, space: str) -> str:
@@ -175,8 +184,8 @@ def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, no
 
 
 def _start_expert(config: Mapping[str, Any], model: BaseModel) -> None:
-    """A model's own action expert starts anew where that is asked for, and rests under a head that does not use it."""
-    if not isinstance(model, PrefixModel) or model.action_expert is None:
+    """A model's own decoder starts anew where that is asked for, and rests under a head that does not use it."""
+    if not isinstance(model, PrefixModel) or (model.action_expert is None and model.denoiser is None):
         return
     if not uses_expert(config, model):
         for name, parameter in model.named_parameters():

@@ -18,7 +18,6 @@ from vlaexp.head.base import Head, OptimizerFactory
 from vlaexp.ledger import dead_adapters
 
 IMAGE_SIZE = 224  # pixels; models resize to their own size
-INSTRUCTIONS = ("pick up the red cube", "put the block in the box and close the drawer")
 
 
 def made_up_batch(head: Head, batch_size: int, seed: int = 0) -> Batch:
@@ -34,7 +33,8 @@ def made_up_batch(head: Head, batch_size: int, seed: int = 0) -> Batch:
     images = {
         camera: torch.randint(0, 256, pixels, generator=generator, dtype=torch.uint8) for camera in head.model.cameras
     }
-    words = [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(batch_size)]
+    known = head.model.sample_instructions
+    words = [known[i % len(known)] for i in range(batch_size)]
     action = normal("action", head.action_horizon)
     is_pad = torch.zeros(batch_size, head.action_horizon, dtype=torch.bool)
     targets = {"goal": normal("goal")} if "goal" in head.norm_stats.quantities else {}

@@ -91,6 +91,7 @@ def build(cfg: DictConfig) -> Parts:
 def train(cfg: DictConfig) -> TrainResult:
     """Train, or continue, or find finished; then evaluate each milestone on the configured panel."""
     parts = build(cfg)
+    parts.head.model.read_instructions(sorted(set(parts.demos.columns.instructions)))
     run = parts.run
     run.mkdir(parents=True, exist_ok=True)
     if getattr(rank_zero_only, "rank", 0) != 0:
@@ -138,7 +139,7 @@ def _train_locked(cfg: DictConfig, parts: Parts) -> TrainResult:
     try:
         if done < settings.max_steps:
             fit(head, data, val, settings, run, log, milestone, run.name)
-        held_out = _held_out(head, val, settings)
+        held_out = _held_out(parts, val)
         if held_out:
             (run / "held_out.json").write_text(json.dumps(held_out, indent=1) + "\n")
             errors = {f"held_out/{name}": value for name, value in held_out.items() if name.endswith("_mse")}
@@ -169,12 +170,12 @@ def _chunks(cfg: DictConfig, parts: Parts) -> tuple[ChunkDataset, ChunkDataset |
     return parts_of_split[0], parts_of_split[1]
 
 
-def _held_out(head: Head, val: ChunkDataset | None, settings: Fit) -> dict[str, Any]:
-    loader = val_loader(val, settings)
+def _held_out(parts: Parts, val: ChunkDataset | None) -> dict[str, Any]:
+    loader = val_loader(val, parts.settings)
     if loader is None:
         return {}
-    mean = head.norm_stats.quantities["action"].mean
-    return held_out_error(head.eval().cpu(), loader, mean)
+    mean = parts.demos.statistics().quantities["action"].mean  # the head's may be of the weights
+    return held_out_error(parts.head.eval().cpu(), loader, mean)
 
 
 def _announce(parts: Parts, data: ChunkDataset, val: ChunkDataset | None, done: int) -> None:
