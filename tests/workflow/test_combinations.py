@@ -8,16 +8,20 @@ the table of it (`VLAEXP_WRITE_DOCS=1` writes it anew).
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
 
+import lerobot_checkpoints
 import pytest
+import rdt_checkpoint
 import torch
 from hydra.utils import get_class
 
 from vlaexp import cli
 from vlaexp.config import compose
 from vlaexp.data_types import Observation
+from vlaexp.dataset.lerobot import LeRobotFolder
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
 from vlaexp.trainer.policy_folder import load_policy
@@ -28,6 +32,9 @@ ACT = "{dim_model: 32, n_heads: 2, dim_feedforward: 32, n_encoder_layers: 1, n_v
 BASES = {
     "tiny": ["model.image_size=16", "model.width=32", "model.depth=1", "model.decoder_depth=1", "model.weights=null"],
     "openvla_7b": ["model.weights=@openvla"],
+    "pi0": ["model.weights=@pi0"],
+    "smolvla": ["model.weights=@smolvla"],
+    "rdt_1b": ["model.weights=@rdt", "model.language_embeddings=@language", "cache.mode=none"],
     "lerobot": [f"model.settings={ACT}pretrained_backbone_weights: null}}", "model.image_size=[32,32]"],
 }
 HEADS = {
@@ -37,6 +44,7 @@ HEADS = {
     "ee_delta": [],
     "discrete_token": ["head.bins=256"],
     "flow": ["head.num_steps=2", "head.samples_per_observation=1"],
+    "diffusion": ["head.num_steps=2"],
     "native": ["action_space=joint"],
 }
 ADAPTATIONS = {
@@ -44,6 +52,7 @@ ADAPTATIONS = {
     "LoRA": ["lora=r4", "freeze=all", "lora.targets=all-linear"],
     "full": ["lora=none", "freeze=none"],
 }
+INSTRUCTIONS = ("pick up the red cube", "put it in the box")
 SHORT = ["trainer.max_steps=1", "trainer.val_interval=1", "trainer.batch_size=2", "trainer.max_val_samples=2"]
 SPARE = ["augmentation=none", "action_horizon=2", "n_action_steps=1", "cache.mode=none", "name=grid"]
 
@@ -84,15 +93,28 @@ def pairwise(points: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
 PAIRS = pairwise(POSSIBLE)
 
 
+@pytest.fixture(scope="session")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, openvla_weights: Path, rdt_weights: Path
+) -> Iterator[dict[str, Path]]:
+    """Folders of tiny checkpoints in their published formats."""
+    root = tmp_path_factory.mktemp("published")
+    with lerobot_checkpoints.small():
+        vlm = lerobot_checkpoints.write_vlm(root / "vlm")
+        policies = {"pi0": lerobot_checkpoints.pi0_policy(), "smolvla": lerobot_checkpoints.smolvla_policy(vlm)}
+        folders = {name: lerobot_checkpoints.write(root / name, policy, 17) for name, policy in policies.items()}
+        yield {**folders, "openvla": openvla_weights, "rdt": rdt_weights, "language": root / "language"}
+
+
 @pytest.fixture
-def overrides(small: list[str], openvla_weights: Path) -> dict[str, list[str]]:
+def overrides(small: list[str], outputs: Path, made: dict[str, Path]) -> dict[str, list[str]]:
     """Of each base."""
-    common = [key for key in small if not key.startswith("model.weights")]
-    made = {"openvla": openvla_weights}
-    return {
-        base: [*common, *SHORT, *SPARE, f"model={base}", *(_filled(key, made) for key in keys)]
-        for base, keys in BASES.items()
-    }
+    torch.set_num_threads(1)
+    texts = {*LeRobotFolder(outputs / "datasets" / "tabletop_pick").instructions, *INSTRUCTIONS}
+    given = {text: rdt_checkpoint.noise(text, 5, rdt_checkpoint.LANGUAGE_WIDTH) for text in sorted(texts)}
+    rdt_checkpoint.write_language(made["language"], given)
+    common = [*(key for key in small if not key.startswith("model.weights")), *SHORT, *SPARE]
+    return {base: [*common, f"model={base}", *(_filled(key, made) for key in keys)] for base, keys in BASES.items()}
 
 
 def _filled(key: str, made: dict[str, Path]) -> str:
@@ -109,7 +131,7 @@ def observation(head: Head) -> Observation:
         for camera in head.model.cameras
     }
     state = torch.randn(*shape, head.norm_stats.quantities["state"].mean.shape[-1], generator=generator)
-    return Observation(images, state, ["pick up the red cube", "put it in the box"])
+    return Observation(images, state, list(INSTRUCTIONS))
 
 
 def act(folder: Path) -> torch.Tensor:
@@ -172,8 +194,9 @@ def table() -> str:
     lines = [
         "# What can be combined",
         "",
-        "Written by `tests/workflow/test_combinations.py`, which tries what it says. *Head only* (and the model's decoder) is",
-        "`lora=none freeze=backbone`, *LoRA* `lora=rN freeze=all lora.targets=all-linear`, *full* `lora=none freeze=none`.",
+        "Written by `tests/workflow/test_combinations.py`, which tries what it says. *Head only* (and the model's",
+        "decoder) is `lora=none freeze=backbone`, *LoRA* `lora=rN freeze=all lora.targets=all-linear`, *full*",
+        "`lora=none freeze=none`.",
         "",
         f"| head | {' | '.join(f'`model={base}`' for base in BASES)} |",
         f"|---|{'---|' * len(BASES)}",

@@ -59,7 +59,7 @@ class FlowVLA(PrefixModel):
 
     n_obs_steps = 1
     large = True
-    supported_heads = ("regression", "joint", "ee_delta", "discrete_token", "flow")
+    supported_heads = ("regression", "joint", "ee_delta", "discrete_token", "flow", "diffusion")
     name: ClassVar[str]
     published: ClassVar[str]
     published_dtype: ClassVar[Dtype]
