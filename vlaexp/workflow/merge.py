@@ -21,6 +21,7 @@ from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
+from vlaexp.head.prefix import PrefixHead
 from vlaexp.ledger import adapters
 from vlaexp.lora import merge_adapter
 from vlaexp.trainer.build import build_head, build_model
@@ -45,6 +46,8 @@ def merge(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it, or name another as to=FOLDER")
     head = load_policy(policy)
+    if not isinstance(head, PrefixHead):
+        raise UserError(f"head={head.name} has no form for merged weights; keep the policy folder {policy}")
     if not adapters(head.model):
         raise UserError(f"policy {policy} has no adapter to merge; it was trained with lora=none")
     observation = made_up_batch(head, OBSERVATIONS).observation
@@ -69,7 +72,7 @@ def _actions(head: Head, observation: Observation) -> Tensor:
         return head.norm_stats.affine("action").normalize(head.predict_action(observation).action)
 
 
-def _write(folder: Path, head: Head, record: Mapping[str, Any]) -> None:
+def _write(folder: Path, head: PrefixHead, record: Mapping[str, Any]) -> None:
     stats = head.norm_stats
     seeds = sorted(int(seed) for seed in record["dataset"]["recorded"].get("seeds", []))
     seen = [(seeds[0], seeds[-1] + 1)] if seeds else []
