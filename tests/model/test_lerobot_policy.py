@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from vlaexp.data_types import Observation
 from vlaexp.errors import UserError
-from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts, ledger
+from vlaexp.ledger import ledger
+from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts
 from vlaexp.model.lerobot import LeRobotPolicy, check_loaded
 
 ACT: dict[str, Any] = {
@@ -127,7 +128,7 @@ def test_ledger_counts_every_parameter_once_and_freezing_follows_the_parts() -> 
 
 def test_every_adapter_gets_a_gradient() -> None:
     """The output projection of attention is left out: `nn.MultiheadAttention` reads its weight past an adapter."""
-    model, lora, freeze = make(), Lora(2, parts=["projector", "decoder"]), Freeze(["vision", "projector", "decoder"])
+    model, lora, freeze = make(), Lora(2, targets=["projector", "decoder"]), Freeze(["vision", "projector", "decoder"])
     freeze_parts(model, freeze)
     add_adapter(model, lora, freeze)
     model.train()

@@ -20,9 +20,11 @@ import torch
 
 from vlaexp.data_types import Observation
 from vlaexp.errors import UserError
-from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts, ledger
+from vlaexp.ledger import ledger
+from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts
 from vlaexp.model.base import PARTS
 from vlaexp.model.openvla import OpenVLA
+from vlaexp.model.openvla_checkpoint import OpenVLAConfig
 
 Make = Callable[..., OpenVLA]
 GOLDEN = published.recorded()
@@ -113,7 +115,7 @@ def test_the_7b_model_and_its_adapters_have_the_published_sizes() -> None:
     with torch.device("meta"):
         model = OpenVLA(["front"], 8, 0)
     assert sum(parameter.numel() for parameter in model.parameters()) == 7_541_237_184
-    everything, lora = Freeze(PARTS), Lora(rank=32, parts=PARTS)
+    everything, lora = Freeze(PARTS), Lora(rank=32, targets=PARTS)
     freeze_parts(model, everything)
     with torch.device("meta"):
         add_adapter(model, lora, everything)
@@ -126,7 +128,7 @@ def test_the_7b_model_and_its_adapters_have_the_published_sizes() -> None:
 
 
 def test_language_model_is_as_the_checkpoint_says() -> None:
-    text = OpenVLA.__init__.__globals__["OpenVLAConfig"]().llama()
+    text = OpenVLAConfig().llama()
     assert (text.rms_norm_eps, text.rope_parameters["rope_theta"], text.vocab_size) == (1e-6, 1e4, 32064)
 
 
