@@ -166,11 +166,11 @@ def test_train_save_load_act(overrides: dict[str, list[str]], outputs: Path, poi
 
 FRESH = """
 import sys, torch
-sys.path.append(sys.argv[1])
+sys.path += sys.argv[3:]
 from test_combinations import act
 from pathlib import Path
 torch.set_num_threads(1)
-torch.save(act(Path(sys.argv[2])), sys.argv[3])
+torch.save(act(Path(sys.argv[1])), sys.argv[2])
 """
 
 
@@ -178,7 +178,8 @@ torch.save(act(Path(sys.argv[2])), sys.argv[3])
 def test_acts_the_same_in_a_fresh_process(overrides: dict[str, list[str]], outputs: Path, base: str) -> None:
     point = next(point for point in PAIRS if point[0] == base and point[2] == "LoRA")
     folder, action = train_save_load_act(keys_of(overrides, *point), outputs)
-    given = [str(Path(__file__).parent), str(folder), str(outputs / "there.pt")]
+    here = Path(__file__).parent
+    given = [str(folder), str(outputs / "there.pt"), str(here), str(here.parent)]
     subprocess.run([sys.executable, "-c", FRESH, *given], check=True, timeout=300)
     assert torch.equal(torch.load(outputs / "there.pt"), action)
 

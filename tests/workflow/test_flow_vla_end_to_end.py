@@ -99,7 +99,7 @@ def test_merged_weights_act_as_the_policy_did(base: list[str], outputs: Path) ->
 
 
 def test_statistics_of_the_checkpoint_where_asked(base: list[str]) -> None:
-    head = ["head=joint", "action_horizon=2", "n_action_steps=2"]
+    head = ["head=ee_delta", "action_horizon=2", "n_action_steps=2"]
     own = build(compose("train", [*base, *head])).head.norm_stats
     theirs = build(compose("train", [*base, *head, "model.statistics=checkpoint"])).head.norm_stats
     assert own.quantities["state"].mean.tolist() != theirs.quantities["state"].mean.tolist()

@@ -43,8 +43,9 @@ class NativeHead(Head):
     needs = "a policy of LeRobot (model=lerobot) with its decoder"
     model: LeRobotPolicy
 
-    def __init__(self, *, model: LeRobotPolicy, spec: ActionSpec, norm_stats: NormStats, **common: Any) -> None:
-        super().__init__(model=model, spec=spec, norm_stats=norm_stats, **common)
+    def __init__(self, *, spec: ActionSpec, norm_stats: NormStats, **common: Any) -> None:
+        super().__init__(spec=spec, norm_stats=norm_stats, **common)
+        model = self.model
         self.norm_stats = in_modes_of(model.config, norm_stats)
         self.noise_shape = model.noise_shape
         stats = lerobot_stats(norm_stats, spec, model.config)

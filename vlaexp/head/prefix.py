@@ -17,7 +17,7 @@ from vlaexp.data_types import ActionChunk, Batch, Observation
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
-from vlaexp.model.base import Prefix, PrefixModel
+from vlaexp.model.base import BaseModel, Prefix, PrefixModel
 
 
 class PrefixHead(Head):
@@ -39,7 +39,7 @@ class PrefixHead(Head):
     def __init__(
         self,
         *,
-        model: PrefixModel,
+        model: BaseModel,
         spec: ActionSpec,
         norm_stats: NormStats,
         dimension_weights: Sequence[float] | None = None,

@@ -128,7 +128,7 @@ def pretrained_decoder(config: Mapping[str, Any], model: BaseModel, space: str) 
     """Folder of the shipped decoder that `head.init` leads to, or None to start from scratch."""
     if not isinstance(model, PrefixModel):
         return None
-    init = config["head"]["init"]
+    init = config["head"].get("init", "scratch")  # head=native has no decoder of its own
     if init not in INITS:
         raise UserError(f"head.init={init!r}; expected one of {list(INITS)}")
     if init == "scratch":
