@@ -60,7 +60,9 @@ def test_entry_points_end_with_a_status_and_no_traceback(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("vlaexp train: there is no head=flw; available: discrete_token, ee_delta, flow, ")
+    assert done.stderr.startswith(
+        "vlaexp train: there is no head=flw; available: diffusion, discrete_token, ee_delta, flow, "
+    )
 
 
 def test_an_unknown_choice_answers_with_the_available_ones(capsys):

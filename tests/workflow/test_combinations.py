@@ -94,27 +94,26 @@ PAIRS = pairwise(POSSIBLE)
 
 
 @pytest.fixture(scope="session")
-def made(
-    tmp_path_factory: pytest.TempPathFactory, openvla_weights: Path, rdt_weights: Path
-) -> Iterator[dict[str, Path]]:
+def made(tmp_path_factory: pytest.TempPathFactory, openvla_weights: Path, rdt_weights: Path) -> dict[str, Path]:
     """Folders of tiny checkpoints in their published formats."""
     root = tmp_path_factory.mktemp("published")
     with lerobot_checkpoints.small():
         vlm = lerobot_checkpoints.write_vlm(root / "vlm")
         policies = {"pi0": lerobot_checkpoints.pi0_policy(), "smolvla": lerobot_checkpoints.smolvla_policy(vlm)}
         folders = {name: lerobot_checkpoints.write(root / name, policy, 17) for name, policy in policies.items()}
-        yield {**folders, "openvla": openvla_weights, "rdt": rdt_weights, "language": root / "language"}
+    return {**folders, "openvla": openvla_weights, "rdt": rdt_weights, "language": root / "language"}
 
 
 @pytest.fixture
-def overrides(small: list[str], outputs: Path, made: dict[str, Path]) -> dict[str, list[str]]:
-    """Of each base."""
+def overrides(small: list[str], outputs: Path, made: dict[str, Path]) -> Iterator[dict[str, list[str]]]:
+    """Of each base, while LeRobot's names mean tiny sizes."""
     torch.set_num_threads(1)
     texts = {*LeRobotFolder(outputs / "datasets" / "tabletop_pick").instructions, *INSTRUCTIONS}
     given = {text: rdt_checkpoint.noise(text, 5, rdt_checkpoint.LANGUAGE_WIDTH) for text in sorted(texts)}
     rdt_checkpoint.write_language(made["language"], given)
     common = [*(key for key in small if not key.startswith("model.weights")), *SHORT, *SPARE]
-    return {base: [*common, f"model={base}", *(_filled(key, made) for key in keys)] for base, keys in BASES.items()}
+    with lerobot_checkpoints.small():
+        yield {base: [*common, f"model={base}", *(_filled(key, made) for key in keys)] for base, keys in BASES.items()}
 
 
 def _filled(key: str, made: dict[str, Path]) -> str:
@@ -167,10 +166,11 @@ def test_train_save_load_act(overrides: dict[str, list[str]], outputs: Path, poi
 FRESH = """
 import sys, torch
 sys.path += sys.argv[3:]
-from test_combinations import act
+from test_combinations import act, lerobot_checkpoints
 from pathlib import Path
 torch.set_num_threads(1)
-torch.save(act(Path(sys.argv[1])), sys.argv[2])
+with lerobot_checkpoints.small():
+    torch.save(act(Path(sys.argv[1])), sys.argv[2])
 """
 
 

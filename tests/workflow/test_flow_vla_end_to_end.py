@@ -106,5 +106,7 @@ def test_statistics_of_the_checkpoint_where_asked(base: list[str]) -> None:
     assert theirs.quantities["action"].mean.tolist() == pytest.approx([i / 10 for i in range(7)])
     assert theirs.quantities["action"].mode == "mean_std"
     assert "checkpoint of " in theirs.source
-    with pytest.raises(UserError, match=r"model\.statistics=so100 is not in .*available: checkpoint; set model\.stat"):
+    with pytest.raises(
+        UserError, match=r"model\.statistics=so100 is not in .*\(available: checkpoint\); set model\.stat"
+    ):
         build(compose("train", [*base, *head, "model.statistics=so100"]))
