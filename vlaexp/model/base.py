@@ -218,6 +218,21 @@ class PrefixModel(BaseModel):
     def encode_images(self, images: Tensor, camera: str) -> Tensor:
         """Features (n, N, C) of the `vision` part for preprocessed images; nothing random happens before them."""
 
+    def features(self, observation: Observation) -> list[Float[Tensor, "B N C"]]:
+        """Vision features of each camera at the last step: those that come with the observation, or of its images."""
+        if observation.features is not None:
+            return [observation.features[camera] for camera in self.cameras]
+        missing = [camera for camera in self.cameras if camera not in observation.images]
+        if missing:
+            raise UserError(
+                f"the observation has no camera {missing}; it has {sorted(observation.images)}, {type(self).__name__} "
+                f"reads {list(self.cameras)}; map names in dataset.cameras or set model.cameras"
+            )
+        return [
+            self.encode_images(self.preprocess_images(observation.images[camera][:, -1]), camera)
+            for camera in self.cameras
+        ]
+
     def forward(
         self, observation: Observation, suffix: Float[Tensor, "B M D"], mask_kind: MaskKind
     ) -> tuple[Float[Tensor, "B M D"], Prefix]:

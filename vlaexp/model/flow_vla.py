@@ -242,7 +242,7 @@ class FlowVLA(PrefixModel):
         prompts = [torch.tensor(self.prompt(text), device=device) for text in observation.instruction]
         ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        images = torch.cat([self.project(features) for features in self._features(observation)], 1)
+        images = torch.cat([self.project(features) for features in self.features(observation)], 1)
         real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         state = F.pad(observation.state[:, -1], (0, self.state_dim - observation.state.shape[-1]))
         tokens, masks = [images, self.words(ids)], [real.new_ones(images.shape[:2]), real]
@@ -276,20 +276,6 @@ class FlowVLA(PrefixModel):
             return [0] * PROMPT_LENGTH
         text = instruction if instruction.endswith("\n") else f"{instruction}\n"
         return [*self.begin, *self.tokenizer.encode(text, add_special_tokens=False).ids][: self.max_words]
-
-    def _features(self, observation: Observation) -> list[Tensor]:
-        if observation.features is not None:
-            return [observation.features[camera] for camera in self.cameras]
-        missing = [camera for camera in self.cameras if camera not in observation.images]
-        if missing:
-            raise UserError(
-                f"the observation has no camera {missing}; it has {sorted(observation.images)}, model={self.name} "
-                f"reads {list(self.cameras)}; map names in dataset.cameras or set model.cameras"
-            )
-        return [
-            self.encode_images(self.preprocess_images(observation.images[camera][:, -1]), camera)
-            for camera in self.cameras
-        ]
 
     def run(
         self,

@@ -213,7 +213,7 @@ class OpenVLA(PrefixModel):
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         words = self.language.embed_tokens(ids)
-        patches = torch.cat([self.projector(features) for features in self._features(observation)], 1)
+        patches = torch.cat([self.projector(features) for features in self.features(observation)], 1)
         seen = real.new_ones(patches.shape[:2])
         # right after <s>; padding comes last, so that the positions of what is real count up without a gap
         x = torch.cat([words[:, :1], patches.to(words.dtype), words[:, 1:]], 1)
@@ -236,20 +236,6 @@ class OpenVLA(PrefixModel):
     def repeat(self, prefix: Prefix, times: int) -> Prefix:
         assert isinstance(prefix.cache, Cache)
         return Prefix(again(prefix.hidden, times), again(prefix.mask, times), prefix.cache.repeat(times))
-
-    def _features(self, observation: Observation) -> list[Tensor]:
-        if observation.features is not None:
-            return [observation.features[camera] for camera in self.cameras]
-        missing = [camera for camera in self.cameras if camera not in observation.images]
-        if missing:
-            raise UserError(
-                f"the observation has no camera {missing}; it has {sorted(observation.images)}, model=openvla_7b reads "
-                f"{list(self.cameras)}; map names in dataset.cameras or set model.cameras"
-            )
-        return [
-            self.encode_images(self.preprocess_images(observation.images[camera][:, -1]), camera)
-            for camera in self.cameras
-        ]
 
     def _run(
         self,

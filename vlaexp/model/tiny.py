@@ -269,20 +269,6 @@ class TinyVLA(PrefixModel):
     def encode_images(self, images: Tensor, camera: str) -> Tensor:
         return self.vision(images)
 
-    def _features(self, observation: Observation) -> list[Tensor]:
-        if observation.features is not None:
-            return [observation.features[camera] for camera in self.cameras]
-        missing = [camera for camera in self.cameras if camera not in observation.images]
-        if missing:
-            raise UserError(
-                f"the observation has no camera {missing}; it has {sorted(observation.images)}, model=tiny reads "
-                f"{list(self.cameras)}; map names in dataset.cameras or set model.cameras"
-            )
-        return [
-            self.encode_images(self.preprocess_images(observation.images[camera][:, -1]), camera)
-            for camera in self.cameras
-        ]
-
     def prefill(self, observation: Observation) -> Prefix:
         state = observation.state[:, -1]
         words = torch.tensor([tokenize(text) for text in observation.instruction], device=state.device)
@@ -294,7 +280,7 @@ class TinyVLA(PrefixModel):
             dropped = (torch.rand(words.shape, device=state.device) < self.word_dropout) & (words != 0)
             words = torch.where(dropped, 1, words)
         text = self.language.read(words)
-        visual = self.projector(self._features(observation), text)
+        visual = self.projector(self.features(observation), text)
         hidden_states, summary, goal = self.language(visual, text, seen)
         plan = torch.cat([state, goal.detach()], 1)
         decoder = self.decoder
