@@ -308,3 +308,10 @@ def test_policy_acts_the_same_in_a_new_process(small: list[str], tmp_path: Path)
     with torch.inference_mode():
         here = head.predict_action(seen).action
     torch.testing.assert_close(torch.load(tmp_path / "action.pt"), here, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_in_words_says_what_differs_from_the_defaults() -> None:
+    assert [str(Lora(rank)) for rank in (0, 16)] == ["none", "r16"]
+    assert str(Lora(8, targets=["projector", "language"])) == "r8"
+    assert str(Lora(8, targets=["language"], rslora=True)) == "r8 targets=language rslora=True"
+    assert str(Lora(4, alpha_per_rank=1.0, dora=True)) == "r4 alpha_per_rank=1.0 dora=True"

@@ -25,9 +25,10 @@ inside a frozen part carries none.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -61,6 +62,14 @@ class Lora:
     rslora: bool = False
     dora: bool = False
 
+    def __str__(self) -> str:
+        """For tables and comparisons: the rank, and what differs from the defaults."""
+        given = {field.name: (getattr(self, field.name), field.default) for field in fields(self)[1:]}
+        changed = [
+            f"{name}={_plain(value)}" for name, (value, usual) in given.items() if _plain(value) != _plain(usual)
+        ]
+        return " ".join([f"r{self.rank}", *changed]) if self.rank else "none"
+
 
 @dataclass(frozen=True)
 class Freeze:
@@ -78,6 +87,11 @@ class Freeze:
         """For tables: `language but embeddings,last_layer`, or `none`."""
         kept = f" but {','.join(self.trainable)}" if self.trainable else ""
         return f"{','.join(self.parts)}{kept}" or "none"
+
+
+def _plain(value: Any) -> str:
+    """A setting as text, the same for a list and a tuple."""
+    return ",".join(value) if isinstance(value, list | tuple) else str(value)
 
 
 def freeze_parts(model: BaseModel, freeze: Freeze) -> None:

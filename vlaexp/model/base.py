@@ -100,6 +100,10 @@ class ActionExpert(Protocol):
         """dx / dt of a chunk of normalized actions."""
         ...
 
+    def restart_decoder(self) -> None:
+        """Draw its weights anew and call them `reinitialized`."""
+        ...
+
 
 @runtime_checkable
 class Denoiser(Protocol):
@@ -119,6 +123,10 @@ class Denoiser(Protocol):
         self, prefix: Prefix, x_t: Float[Tensor, "B H W"], t: Float[Tensor, "B"], spec: ActionSpec
     ) -> Float[Tensor, "B H W"]:
         """The clean chunk x_1, predicted from the noised one at diffusion steps t."""
+        ...
+
+    def restart_decoder(self) -> None:
+        """Draw its weights anew and call them `reinitialized`; a `UserError` where that makes no sense."""
         ...
 
 
@@ -258,10 +266,6 @@ class PrefixModel(BaseModel):
     def denoiser(self) -> Denoiser | None:
         """The model's own diffusion decoder, whose weights are among the loaded ones; None where it has none."""
         return None
-
-    def restart_decoder(self) -> None:
-        """Draw the weights of such a decoder anew and call them `reinitialized`."""
-        raise NotImplementedError
 
     def pretrained_decoder(self, head: str, space: str) -> Path | None:
         """Folder of the decoder that the model ships for this head and action space.

@@ -185,11 +185,12 @@ def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, no
 
 def _start_expert(config: Mapping[str, Any], model: BaseModel) -> None:
     """A model's own decoder starts anew where that is asked for, and rests under a head that does not use it."""
-    if not isinstance(model, PrefixModel) or (model.action_expert is None and model.denoiser is None):
+    own = (model.action_expert or model.denoiser) if isinstance(model, PrefixModel) else None
+    if own is None:
         return
     if not uses_expert(config, model):
         for name, parameter in model.named_parameters():
             if model.part_of(name) == "decoder":
                 parameter.requires_grad_(False)
     elif config["head"]["init"] == "scratch":
-        model.restart_decoder()
+        own.restart_decoder()

@@ -59,18 +59,17 @@ def describe(record: Mapping[str, Any]) -> dict[str, Any]:
     """The fields by which a trained policy is compared, from its manifest."""
     config = record["config"]
     adaptation = record["adaptation"]
+    name = " ".join([record["base"]["name"].split(".")[-2], *filter(None, [config["model"].get("policy")])])
     scratch = config["model"].get("weights", "") is None
     return {
         "run": record["run"],
         "role": "trained",
-        "base": record["base"]["name"].split(".")[-2] + (" from scratch" if scratch else ""),
+        "base": name + (" from scratch" if scratch else ""),
         "base_fingerprint": record["base"]["fingerprint"],
         "head": record["head"],
         "decoder": DECODERS.get(record["head"], record["head"]),
         "action_space": record["action_spec"]["space"],
-        "lora": f"{'dora ' if config['lora'].get('dora') else ''}r{config['lora']['rank']}"
-        if config["lora"]["rank"]
-        else "none",
+        "lora": str(instantiate(config["lora"], _convert_="all")),
         "freeze": str(instantiate(config["freeze"], _convert_="all")),
         "dataset": record["dataset"]["name"],
         "dataset_content": record["dataset"]["content"],

@@ -3,7 +3,9 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,11 @@ class Parts:
     settings: Fit
     run: Path
     identity: str
+
+    @cached_property
+    def dead_adapters(self) -> list[str]:
+        """Found at the first milestone, on the device of the training."""
+        return find_dead_adapters(self.head, self.settings.precision)
 
 
 def build(cfg: DictConfig) -> Parts:
@@ -162,12 +169,11 @@ def _chunks(cfg: DictConfig, parts: Parts) -> tuple[ChunkDataset, ChunkDataset |
     """Training and held-out data."""
     demos, head = parts.demos, parts.head
     frames, cached = training_frames(parts.config, demos, head.model, Path(cfg.outputs) / "cache")
-    parts_of_split = [
-        demos.chunks(episodes, frames, head.n_obs_steps, cached, head.model.label_steps) if episodes else None
-        for episodes in (demos.split.train, demos.split.val)
-    ]
-    assert parts_of_split[0] is not None
-    return parts_of_split[0], parts_of_split[1]
+
+    def chunks(episodes: Sequence[int]) -> ChunkDataset:
+        return demos.chunks(episodes, frames, head.n_obs_steps, cached, head.model.label_steps)
+
+    return chunks(demos.split.train), chunks(demos.split.val) if demos.split.val else None
 
 
 def _held_out(parts: Parts, val: ChunkDataset | None) -> dict[str, Any]:
@@ -224,7 +230,7 @@ def make_manifest(parts: Parts, data: ChunkDataset, step: int, steps: int, secon
         "action_horizon": head.action_horizon,
         "n_action_steps": head.n_action_steps,
         "n_obs_steps": head.n_obs_steps,
-        "adaptation": parts.ledger.to_dict() | {"dead_adapters": find_dead_adapters(head, parts.settings.precision)},
+        "adaptation": parts.ledger.to_dict() | {"dead_adapters": parts.dead_adapters},
         "freeze": config["freeze"]["parts"],
         "embodiment": demos.card.embodiment,
         "cameras": {name: demos.cameras[name] for name in head.model.cameras},
