@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from vlaexp.data_types import Observation
 from vlaexp.errors import UserError
 from vlaexp.ledger import ledger
 from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts
-from vlaexp.model.lerobot import LeRobotPolicy, check_loaded
+from vlaexp.model.lerobot import LeRobotPolicy, check_loaded, explained
 
 ACT: dict[str, Any] = {
     "dim_model": 32,
@@ -213,3 +214,11 @@ def test_weights_that_are_not_here_are_named() -> None:
         UserError, match=r"(?s)model\.weights=nobody/nothing is neither a folder .*`hf download nobody/nothing`"
     ):
         make(weights="nobody/nothing")
+
+
+def test_a_backbone_that_cannot_be_downloaded_is_named() -> None:
+    with (
+        pytest.raises(UserError, match=r"ImageNet weights .*\(no network\); put .*pretrained_backbone_weights: null"),
+        explained("act"),
+    ):
+        raise URLError("no network")

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import draccus
 import torch
@@ -224,6 +225,12 @@ def explained(policy: str, config: PreTrainedConfig | None = None) -> Iterator[N
     except ImportError as error:
         raise UserError(
             f"model.policy={policy} needs a package that is not installed: {error}; take it for lerobot==0.6.1"
+        ) from error
+    except URLError as error:  # torchvision's, of the image backbone
+        raise UserError(
+            f"model.policy={policy} starts from ImageNet weights that could not be downloaded ({error.reason}); put "
+            f"the file into {torch.hub.get_dir()}/checkpoints, or take random ones with "
+            "'model.settings={pretrained_backbone_weights: null}'"
         ) from error
     except OSError as error:
         named = {} if config is None else {k: v for k, v in vars(config).items() if _is_hub_id(v)}
