@@ -11,6 +11,9 @@ that stands before the action tokens is the first token of a suffix, so that eve
 Suffixes run through the language model itself: action tokens as `causal`, placeholders and noised actions as
 `bidirectional` suffixes in the manner of OpenVLA-OFT (arXiv 2502.19645), except that there the prompt sees the actions
 too, which would forbid to compute it once. Proprioception is not read; the published model has none.
+
+With OFT's own parts (`vlaexp.model.openvla_oft`), which its checkpoints bring, everything is as published there: the
+state is read, regression heads are OFT's, and nothing of the sequence is run before the actions' placeholders join it.
 """
 
 import json
@@ -28,25 +31,28 @@ from vlaexp.data_types import Observation
 from vlaexp.dataset.augment import central_crop
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
+from vlaexp.model import openvla_oft
 from vlaexp.model.action_tokenizer import ActionTokenizer
-from vlaexp.model.base import MaskKind, Prefix, PrefixModel
-from vlaexp.model.hub import locate
+from vlaexp.model.base import ChunkDecoder, MaskKind, Prefix, PrefixModel
+from vlaexp.model.hub import WEIGHT_FILES, locate
 from vlaexp.model.layer_cache import Cache, again, run_layers, visible
 from vlaexp.model.layers import KeysValues
 from vlaexp.model.openvla_checkpoint import (
     PUBLISHED,
     OpenVLAConfig,
     UnnormMode,
-    action_statistics,
+    pretraining_statistics,
     published_name,
     read_tokenizer,
     save_checkpoint,
 )
+from vlaexp.model.openvla_oft import PLACES, Decoding, Proprio
 from vlaexp.model.openvla_vision import Projector, Vision, resize
 from vlaexp.model.weights import check_fit, fingerprint, read_shards
 
 EMPTY_WORD, EMPTY_ID = "\u2581", 29871  # as Llama-2 has it
 SEEDS_FILE = "training_seeds.json"  # of merged weights: ranges of the episodes that they have seen
+FILES = (*WEIGHT_FILES, *openvla_oft.FILES)
 PUBLISHED_DTYPE = "bfloat16"
 PROMPT_LENGTH = 25  # tokens of a usual prompt, for the meta device, where there is no tokenizer
 
@@ -82,12 +88,16 @@ class OpenVLA(PrefixModel):
 
     Args:
         cameras: the camera slots; one for the published model, several as in OpenVLA-OFT.
-        state_dim, goal_dim: of the data; the model reads neither.
+        state_dim, goal_dim, action_dim: of the data; without OFT's parts the model reads none of them, with them None
+            means those of the weights.
         weights: a folder in the published format, or a hub id.
         revision: commit or branch of a hub id.
-        unnorm_key: the pretraining dataset whose action statistics are used; None for those of the training data.
+        unnorm_key: the pretraining dataset whose statistics are used, of the action and, where OFT's parts read it, of
+            the state, which is then clipped to [-1, 1]; None for those of the training data.
         unnorm_mode: the range that the checkpoint calls [-1, 1].
         dtype: of the weights; None for that of the checkpoint.
+        oft: OpenVLA-OFT's parts; None where the weights bring them, True also without (drawn anew, as OFT begins),
+            False for the language model alone, which other heads than regression need.
         center_crop: evaluate on the central 90% of the image's area; for policies trained with augmentation=openvla.
         gradient_checkpointing: compute activations again in the backward pass, layer by layer.
     """
@@ -102,11 +112,13 @@ class OpenVLA(PrefixModel):
         cameras: Sequence[str],
         state_dim: int | None,
         goal_dim: int,
+        action_dim: int | None = None,
         weights: str = PUBLISHED,
         revision: str | None = None,
         unnorm_key: str | None = None,
         unnorm_mode: UnnormMode = "q01_q99",
         dtype: Literal["float32", "bfloat16"] | None = None,
+        oft: bool | None = None,
         center_crop: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -115,13 +127,16 @@ class OpenVLA(PrefixModel):
             raise UserError("model.cameras=[]; OpenVLA needs at least one camera, as in model.cameras=[front]")
         self.cameras = tuple(cameras)
         on_meta = torch.get_default_device().type == "meta"
-        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision, PUBLISHED)
+        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision, PUBLISHED, files=FILES)
         config = OpenVLAConfig() if folder is None else OpenVLAConfig.read(folder)
+        parts = {} if folder is None or oft is False else openvla_oft.read_parts(folder)
+        sizes = {"action_head": action_dim, "proprio_projector": state_dim}
         text = config.llama()
         text._attn_implementation = "sdpa"
         self.config, self.width = config, text.hidden_size
         self.crops_at_evaluation, self._checkpointing = center_crop, gradient_checkpointing
         self._weights, self._unnorm_key = weights, unnorm_key
+        self.oft = bool(parts) if oft is None else oft
         self._unnorm_mode: UnnormMode = unnorm_mode
         with torch.device("meta"):  # the weights bring their own memory
             self.vision = Vision(config)
@@ -135,7 +150,11 @@ class OpenVLA(PrefixModel):
         }
         self._fingerprint = "no weights on the meta device"
         self._bos, self._end, self._empty, self.tokenizer = 1, 2, EMPTY_ID, None
+        if self.oft:
+            self.supported_heads, self.other_heads = ("regression", "joint", "ee_delta"), "model.oft=false"
         if on_meta:
+            if self.oft:
+                self.reinitialized = openvla_oft.attach(self, parts, sizes, self.width, None, weights)
             self.to(getattr(torch, dtype or PUBLISHED_DTYPE))
             return
         assert folder is not None
@@ -148,7 +167,11 @@ class OpenVLA(PrefixModel):
         wanted = None if dtype is None else getattr(torch, dtype)
         self.load_state_dict({name: given[published_name(name)].to(wanted) for name in own}, assign=True)
         self.language.rotary_emb = LlamaRotaryEmbedding(text)  # its frequencies are in no file
-        self._fingerprint = fingerprint(self.state_dict())
+        if self.oft:
+            wanted = wanted or self.language.embed_tokens.weight.dtype
+            self.reinitialized = openvla_oft.attach(self, parts, sizes, self.width, wanted, str(folder))
+        loaded = {name: value for name, value in self.state_dict().items() if not name.startswith(self.reinitialized)}
+        self._fingerprint = fingerprint(loaded)
         if (folder / SEEDS_FILE).exists():
             self.training_seeds = tuple((low, high) for low, high in json.loads((folder / SEEDS_FILE).read_text()))
         self.input_stats()  # an unknown key shall fail here
@@ -170,8 +193,20 @@ class OpenVLA(PrefixModel):
     def input_stats(self) -> NormStats | None:
         if self._unnorm_key is None:
             return None
-        action = action_statistics(self.config.norm_stats, self._unnorm_key, self._unnorm_mode)
-        return NormStats({"action": action}, {}, f"{self._unnorm_key} of {self._weights}")
+        found = {
+            name: pretraining_statistics(self.config.norm_stats, self._unnorm_key, theirs, self._unnorm_mode)
+            for name, theirs in (("action", "action"), ("state", "proprio"))
+            if name == "action" or (self._proprio is not None and "projector.proprio." not in self.reinitialized)
+        }
+        return NormStats(found, {}, f"{self._unnorm_key} of {self._weights}")
+
+    @property
+    def _proprio(self) -> Proprio | None:
+        return getattr(self.projector, "proprio", None)
+
+    @property
+    def chunk_decoder(self) -> ChunkDecoder | None:
+        return Decoding(self, self._empty, self._end) if self.oft else None
 
     def weights_fingerprint(self) -> str:
         return self._fingerprint
@@ -182,7 +217,10 @@ class OpenVLA(PrefixModel):
 
     def save_weights(self, folder: Path, input_stats: NormStats, training_seeds: Sequence[tuple[int, int]]) -> None:
         """In the published format, the language model's head included, with two more files."""
-        save_checkpoint(folder, self._folder, {published_name(name): t for name, t in self.state_dict().items()})
+        state = self.state_dict()
+        language = {published_name(name): t for name, t in state.items() if not name.startswith(tuple(PLACES))}
+        save_checkpoint(folder, self._folder, language)
+        openvla_oft.write_parts(folder, state)
         input_stats.save(folder / "norm_stats.json")
         (folder / SEEDS_FILE).write_text(json.dumps(training_seeds) + "\n")
 
@@ -214,10 +252,16 @@ class OpenVLA(PrefixModel):
         real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         words = self.language.embed_tokens(ids)
         patches = torch.cat([self.projector(features) for features in self.features(observation)], 1)
+        if self._proprio is not None:
+            state = observation.state[:, -1]
+            token = self._proprio(state if self._unnorm_key is None else state.clamp(-1, 1))
+            patches = torch.cat([patches, token.to(patches.dtype)], 1)
         seen = real.new_ones(patches.shape[:2])
         # right after <s>; padding comes last, so that the positions of what is real count up without a gap
         x = torch.cat([words[:, :1], patches.to(words.dtype), words[:, 1:]], 1)
         mask = torch.cat([real[:, :1], seen, real[:, 1:]], 1)
+        if self.oft:
+            return Prefix(x, mask, None)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=device).tril()
         positions = torch.arange(x.shape[1], device=device).expand(len(x), -1)
         hidden, layers = self._run(x, positions, (causal & mask[:, None])[:, None], None)
@@ -226,12 +270,25 @@ class OpenVLA(PrefixModel):
     def extend(
         self, prefix: Prefix, suffix: Float[Tensor, "B M D"], mask_kind: MaskKind
     ) -> tuple[Float[Tensor, "B M D"], Prefix]:
+        if self.oft:
+            return self._extend_all(prefix, suffix, mask_kind)
         cache = prefix.cache
         assert isinstance(cache, Cache)
         attend, positions = cache.attention(visible(suffix.shape[1], mask_kind, suffix.device))
         x = suffix.to(self.language.embed_tokens.weight.dtype)
         hidden, layers = self._run(x, positions, attend, cache.layers)
         return hidden, replace(prefix, cache=cache.extended(layers, suffix.shape[1]))
+
+    def _extend_all(
+        self, prefix: Prefix, suffix: Float[Tensor, "B M D"], mask_kind: MaskKind
+    ) -> tuple[Float[Tensor, "B M D"], Prefix]:
+        """As OFT: every real token sees every other, so the embedded prefix runs together with the suffix."""
+        assert mask_kind == "bidirectional"  # no head that OFT's parts carry asks otherwise
+        x = torch.cat([prefix.hidden, suffix.to(prefix.hidden.dtype)], 1)
+        mask = torch.cat([prefix.mask, prefix.mask.new_ones(suffix.shape[:2])], 1)
+        attend = mask[:, None, None].expand(-1, -1, x.shape[1], -1)
+        hidden, _ = self._run(x, mask.cumsum(1) - 1, attend, None)
+        return hidden[:, prefix.hidden.shape[1] :], Prefix(x, mask, None)
 
     def repeat(self, prefix: Prefix, times: int) -> Prefix:
         assert isinstance(prefix.cache, Cache)

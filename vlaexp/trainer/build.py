@@ -134,27 +134,35 @@ def pretrained_decoder(config: Mapping[str, Any], model: BaseModel, space: str) 
     if init == "scratch":
         return None
     shipped = model.pretrained_decoder(head_name(config), space)
-    if init == "pretrained" and shipped is None and not uses_expert(config, model):
+    if init == "pretrained" and shipped is None and not _has_expert(config, model):
+        unfit = f" ({', '.join(model.reinitialized)} is of another robot)" if model.reinitialized else ""
         raise UserError(
             f"{type(model).__name__} ships no decoder for head={head_name(config)} in action space {space!r} with "
-            "these weights; set head.init=scratch"
+            f"these weights{unfit}; set head.init=scratch"
         )
     return shipped
 
 
 def uses_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
-    """Whether the head is the model's own action expert or diffusion decoder."""
+    """Whether the head is the model's own action expert, diffusion or regression decoder."""
     if not isinstance(model, PrefixModel):
         return False
     own = {"flow": model.action_expert, "diffusion": model.denoiser}
+    own |= dict.fromkeys(("regression", "joint", "ee_delta"), model.chunk_decoder)
     return own.get(head_name(config)) is not None
+
+
+def _has_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
+    """Whether the head is the model's own decoder, with loaded weights."""
+    drawn_anew = any(model.part_of(prefix) == "decoder" for prefix in model.reinitialized)
+    return uses_expert(config, model) and not drawn_anew
 
 
 def head_origin(config: Mapping[str, Any], model: BaseModel, space: str) -> str:
     """What the head starts from."""
     if pretrained_decoder(config, model, space) is not None:
         return "shipped decoder"
-    return "own expert" if uses_expert(config, model) and config["head"]["init"] != "scratch" else "scratch"
+    return "own expert" if _has_expert(config, model) and config["head"]["init"] != "scratch" else "scratch"
 
 
 def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, norm_stats: NormStats) -> Head:
@@ -185,7 +193,9 @@ def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, no
 
 def _start_expert(config: Mapping[str, Any], model: BaseModel) -> None:
     """A model's own decoder starts anew where that is asked for, and rests under a head that does not use it."""
-    own = (model.action_expert or model.denoiser) if isinstance(model, PrefixModel) else None
+    own = None
+    if isinstance(model, PrefixModel):
+        own = model.action_expert or model.denoiser or model.chunk_decoder
     if own is None:
         return
     if not uses_expert(config, model):
