@@ -40,8 +40,8 @@ def train(overrides: list[str], outputs: Path) -> Path:
 def test_train_from_the_published_head_save_load_merge(overrides: list[str], outputs: Path, weights: Path) -> None:
     folder = train([*overrides, "head.init=pretrained"], outputs)
     record = read(folder)
-    assert record["adaptation"]["head_from"] == "own expert"
-    assert record["adaptation"]["reinitialized"] == []
+    assert record["head_from"] == "own expert"
+    assert record["base"]["reinitialized"] == []
     policy = load_policy(folder)
     assert policy.own_tensors() == {}, "freeze=all leaves adapters alone"
     observation = made_up_batch(policy, 2).observation
@@ -59,8 +59,8 @@ def test_another_robot_starts_anew_and_says_so(overrides: list[str], outputs: Pa
     with pytest.raises(UserError, match=r"ships no decoder for head=joint.*decoder\.action_head\. is of another robot"):
         build(compose("train", [*other, "n_action_steps=1", "head.init=pretrained"]))
     record = read(train(other, outputs))
-    assert record["adaptation"]["head_from"] == "scratch"
-    assert record["adaptation"]["reinitialized"] == ["decoder.action_head."]
+    assert record["head_from"] == "scratch"
+    assert record["base"]["reinitialized"] == ["decoder.action_head."]
 
 
 def test_scratch_draws_the_head_anew(overrides: list[str]) -> None:

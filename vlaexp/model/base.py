@@ -208,6 +208,9 @@ class BaseModel(nn.Module, ABC):
             UserError: where one cannot be read.
         """
 
+    def read_statistics(self, dataset: NormStats) -> None:
+        """Learn how the training data are spread; most models need nothing of it."""
+
     def input_stats(self) -> NormStats | None:
         """Statistics that the loaded weights' inputs were normalized with; None where any will do."""
         return None

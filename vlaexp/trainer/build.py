@@ -52,6 +52,7 @@ def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: 
     if not model.goal_dim and config["head"].get("goal_weight", 0) > 0:
         print("no tool targets in the data or no goal in the model: the auxiliary goal loss is off", file=sys.stderr)
         config["head"]["goal_weight"] = 0.0
+    model.read_statistics(statistics)
     head = build_head(config, model, spec, choose_norm_stats(config, model, spec, statistics))
     freeze_parts(model, freeze)
     adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
