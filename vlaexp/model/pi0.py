@@ -27,7 +27,7 @@ from vlaexp.model.base import Prefix
 from vlaexp.model.flow_vla import Dtype, FlowVLA, grey_levels
 from vlaexp.model.hub import locate, read_tokenizer
 from vlaexp.model.layer_cache import Cache, visible
-from vlaexp.model.lerobot_checkpoint import read_checkpoint, read_config, refuse
+from vlaexp.model.lerobot_checkpoint import read_checkpoint, read_config, refuse, unpadded
 
 TOKENIZER = "google/paligemma-3b-pt-224"
 BOS = "<bos>"
@@ -58,12 +58,12 @@ class Pi0(FlowVLA):
 
     Args:
         cameras: the camera slots, in order; the published model was trained with up to three.
-        state_dim: of the data.
+        state_dim, action_dim: of the data; None where they don't matter.
         weights: a folder in LeRobot's or openpi's converted format, or a hub id.
         revision: commit or branch of a hub id.
         tokenizer: folder or hub id of PaliGemma's tokenizer; None for that in the checkpoint, else the published one.
-        statistics: dataset whose statistics in the checkpoint are used, `checkpoint` where they have no name; None for
-            those of the training data.
+        statistics: dataset (for openpi, asset id) whose statistics in the checkpoint are used, `checkpoint` where they
+            have no name; None for those of the training data.
         dtype: of the weights (`FlowVLA`); None for that of the checkpoint.
         gradient_checkpointing: compute activations of language model and expert again, layer by layer.
     """
@@ -86,6 +86,7 @@ class Pi0(FlowVLA):
         self,
         cameras: Sequence[str],
         state_dim: int | None,
+        action_dim: int | None = None,
         weights: str = published,
         revision: str | None = None,
         tokenizer: str | None = None,
@@ -121,6 +122,9 @@ class Pi0(FlowVLA):
             return
         self._read_tokenizer(folder, tokenizer)
         self.load(read_checkpoint(folder, given), dtype)
+        if statistics is not None and self._stats is not None:
+            sizes = {"state": state_dim, "action": action_dim}
+            self._stats = unpadded(self._stats, self.action_dim, sizes)
         self._fill()
 
     def _read_tokenizer(self, folder: Path, given: str | None) -> None:
