@@ -140,6 +140,13 @@ class OpenVLA(PrefixModel):
         self._unnorm_mode: UnnormMode = unnorm_mode
         with torch.device("meta"):  # the weights bring their own memory
             self.vision = Vision(config)
+            patches = self.vision.featurizer.patch_embed.num_patches
+            positions = text.max_position_embeddings
+            if len(cameras) * patches >= positions:
+                raise UserError(
+                    f"model.cameras has {len(cameras)} of {patches} patches each; the language model of {weights} was "
+                    f"trained on {positions} tokens: take at most {(positions - 1) // patches}"
+                )
             self.projector = Projector(self.vision.width, self.width)
             self.language = LlamaModel(text)
             self.decoder = Decoder(self.width, text.vocab_size)

@@ -1,7 +1,8 @@
 """`vlaexp merge`: fold a policy's adapter into stand-alone base weights, and prove that it still acts the same.
 
 The folder is what `model.weights=` takes: merged base, its statistics, and the policy's decoder as the one that is
-shipped for its head and action space. It appears only when a model loaded from it acts as the policy did.
+shipped for its head and action space; of a LeRobot policy, what LeRobot's own `from_pretrained` takes, processors
+included. It appears only when a model loaded from it acts as the policy did.
 """
 
 import shutil
@@ -21,6 +22,7 @@ from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
+from vlaexp.head.native import NativeHead
 from vlaexp.head.prefix import PrefixHead
 from vlaexp.ledger import adapters
 from vlaexp.lora import merge_adapter
@@ -46,8 +48,6 @@ def merge(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it, or name another as to=FOLDER")
     head = load_policy(policy)
-    if not isinstance(head, PrefixHead):
-        raise UserError(f"head={head.name} has no form for merged weights; keep the policy folder {policy}")
     if not adapters(head.model):
         raise UserError(f"policy {policy} has no adapter to merge; it was trained with lora=none")
     observation = made_up_batch(head, OBSERVATIONS).observation
@@ -57,8 +57,15 @@ def merge(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(partial, head, record)
-        proof = _compare(head, before, _actions(_load(partial, policy, head), observation))
+        if isinstance(head, NativeHead):
+            head.save_pretrained(partial)
+            head.load_pretrained(partial)
+            merged = head
+        else:
+            assert isinstance(head, PrefixHead)
+            _write(partial, head, record)
+            merged = _load(partial, policy, head)
+        proof = _compare(head, before, _actions(merged, observation))
         _sign(partial, record, proof)
         partial.rename(folder)
     finally:
