@@ -98,6 +98,8 @@ def test_merged_weights_are_a_base_to_train_on(overrides: list[str], outputs: Pa
 def test_a_vla_of_lerobot(overrides: list[str], outputs: Path, tmp_path: Path) -> None:
     with lerobot_checkpoints.small():
         vlm = lerobot_checkpoints.write_vlm(tmp_path / "vlm")
+        special = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "<eos>"}
+        (vlm / "tokenizer_config.json").write_text(json.dumps(special))
         settings = (
             f"{{vlm_model_name: {vlm}, num_vlm_layers: 4, resize_imgs_with_padding: [64, 64], load_vlm_weights: false}}"
         )
