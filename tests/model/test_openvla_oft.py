@@ -127,6 +127,15 @@ def test_sizes_of_the_7b_model() -> None:
     assert sum(p.numel() for p in proprio.parameters()) == (8 * 4096 + 4096) + (4096 * 4096 + 4096)
 
 
+def test_without_numbers_there_are_shapes_alone(weights: Path) -> None:
+    with torch.device("meta"):
+        model = load(weights)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in load(weights).state_dict().items()
+    }
+
+
 # ---- laws -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """OpenVLA-OFT through the true entry point, on a tiny checkpoint in its published format."""
 
+import json
 from pathlib import Path
 
 import openvla_oft_checkpoint as oft
@@ -81,3 +82,16 @@ def test_other_heads_are_refused_with_the_way_to_them(overrides: list[str]) -> N
     ):
         build(compose("train", flow))
     build(compose("train", [*flow, "model.oft=false"]))
+
+
+def test_the_plan_of_ofts_recipe_at_full_size(capsys: pytest.CaptureFixture[str], outputs: Path) -> None:
+    recipe = ["model=openvla_7b", "model.oft=true", "head=ee_delta", "head.norm=l1", "action_horizon=8"]
+    adapt = ["lora=r32", "freeze=all", "lora.targets=all-linear", "dataset=tabletop_pick"]
+    assert cli.main(["plan", *recipe, *adapt, f"outputs={outputs}", "format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)["parameters"]
+    wide, width = 7 * 4096, 4096
+    head = 2 * wide + (wide * width + width) + 2 * (3 * width + width**2) + 2 * width + (7 * width + 7)
+    proprio = (TABLETOP_STATE * width + width) + (width**2 + width)
+    assert found["base"] == 7_541_237_184 + head + proprio
+    assert found["adapter"] == 110_828_288, "fresh parts train themselves"
+    assert found["trainable"] == 110_828_288 + head + proprio

@@ -154,8 +154,9 @@ class LeRobotPolicy(BaseModel):
         with explained(self.name, self.config):
             policy = get_policy_class(self.name).from_pretrained(folder, strict=True)
         check_loaded(policy, folder / WEIGHTS)
-        if hasattr(policy.config, "n_action_steps"):
-            policy.config.n_action_steps = self.action_horizon
+        config: Any = policy.config
+        if hasattr(config, "n_action_steps"):
+            config.n_action_steps = self.action_horizon
         self.policy = policy.eval()
 
     # ---- the tree ------------------------------------------------------------------------------------------------

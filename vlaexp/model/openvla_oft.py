@@ -152,7 +152,7 @@ def read_parts(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location=torch.get_default_device(), weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise UserError(
             f"{path} is damaged, or holds more than weights ({str(error).strip().splitlines()[0]}); pickles are opened "
