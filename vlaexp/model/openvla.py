@@ -84,7 +84,7 @@ class Vocabulary:
 
 
 class OpenVLA(PrefixModel):
-    """See the module docstring. On the meta device a local config.json is read, and the shapes of OFT's parts beside it.
+    """See the module docstring. On the meta device a local config.json is read, and shapes of OFT's parts beside it.
 
     Args:
         cameras: the camera slots; one for the published model, several as in OpenVLA-OFT.
