@@ -1,6 +1,8 @@
 """Normalization: the transform undoes its inverse, the statistics are the known ones, and nothing is inert."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
