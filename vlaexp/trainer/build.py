@@ -20,7 +20,7 @@ from vlaexp.errors import UserError
 from vlaexp.head.base import Head
 from vlaexp.head.prefix import PrefixHead
 from vlaexp.ledger import Ledger, ledger
-from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts
+from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts, quantize_base
 from vlaexp.model.base import BaseModel, PrefixModel
 from vlaexp.model.weights import copy_strictly, read_safetensors
 
@@ -54,6 +54,7 @@ def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: 
         config["head"]["goal_weight"] = 0.0
     head = build_head(config, model, spec, choose_norm_stats(config, model, spec, statistics))
     freeze_parts(model, freeze)
+    quantize_base(model, lora, freeze)
     adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
     own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
     built = Built(head, adapter, ledger(model, own, lora))

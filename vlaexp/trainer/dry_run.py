@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from vlaexp.data_types import Batch, Observation
 from vlaexp.head.base import Head, OptimizerFactory
 from vlaexp.ledger import dead_adapters
+from vlaexp.model.quantize import statistics
 
 IMAGE_SIZE = 224  # pixels; models resize to their own size
 
@@ -140,5 +141,6 @@ def optimizer_bytes_per_weight_byte(optimizer: OptimizerFactory) -> float:
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Memory of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Memory of tensors, with what 4-bit ones keep beside them."""
+    every = [*tensors, *(own for tensor in tensors for own in statistics(tensor))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in every)

@@ -21,7 +21,7 @@ from vlaexp.action_spec import ActionSpec
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
-from vlaexp.lora import freeze_parts, load_adapter
+from vlaexp.lora import Freeze, freeze_parts, load_adapter, quantize_base
 from vlaexp.manifest import hash_folder, read, verify, write
 from vlaexp.model.weights import copy_strictly, read_safetensors
 from vlaexp.trainer.build import build_head, build_model
@@ -78,7 +78,9 @@ def load_policy(folder: Path | str) -> Head:
         )
     head = build_head(config, model, spec, norm_stats)
     head.load_files(folder)
-    freeze_parts(model, instantiate(config["freeze"], _convert_="all"))
+    freeze: Freeze = instantiate(config["freeze"], _convert_="all")
+    freeze_parts(model, freeze)
+    quantize_base(model, instantiate(config["lora"], _convert_="all"), freeze)
     if (folder / "adapter").is_dir():
         load_adapter(model, folder / "adapter")
     elif config["lora"]["rank"] > 0:
