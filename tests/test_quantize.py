@@ -112,8 +112,8 @@ def test_what_is_quantized_are_the_resting_linear_layers_of_the_blocks() -> None
     model, freeze, lora = make_tiny(), Freeze(["language"]), Lora(4, targets=["language"], quantize="nf4")
     freeze_parts(model, freeze)
     quantize_base(model, lora, freeze)
-    Small = bitsandbytes().nn.Linear4bit
-    small = {name for name, module in model.named_modules() if isinstance(module, Small)}
+    kind = bitsandbytes().nn.Linear4bit
+    small = {name for name, module in model.named_modules() if isinstance(module, kind)}
     assert small
     assert all(name.startswith("language.blocks.") for name in small), small
     rest = {n for n, m in model.named_modules() if n.startswith("language.blocks.") and isinstance(m, nn.Linear)}

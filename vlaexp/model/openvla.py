@@ -89,7 +89,7 @@ class OpenVLA(PrefixModel):
         unnorm_mode: the range that the checkpoint calls [-1, 1].
         dtype: of the weights; None for that of the checkpoint.
         center_crop: evaluate on the central 90% of the image's area; for policies trained with augmentation=openvla.
-        gradient_checkpointing: compute activations again in the backward pass, layer by layer.
+        gradient_checkpointing: compute activations again in the backward pass, layer by layer, images' too.
     """
 
     n_obs_steps = 1
@@ -124,7 +124,7 @@ class OpenVLA(PrefixModel):
         self._weights, self._unnorm_key = weights, unnorm_key
         self._unnorm_mode: UnnormMode = unnorm_mode
         with torch.device("meta"):  # the weights bring their own memory
-            self.vision = Vision(config)
+            self.vision = Vision(config, gradient_checkpointing)
             self.projector = Projector(self.vision.width, self.width)
             self.language = LlamaModel(text)
             self.decoder = Decoder(self.width, text.vocab_size)

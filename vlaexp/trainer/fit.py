@@ -25,8 +25,6 @@ from vlaexp.trainer.callbacks import (
 )
 from vlaexp.trainer.tracking import LightningJournal, RunLog
 
-VAL_BATCH = 256
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -34,7 +32,7 @@ class Fit:
 
     Args:
         max_steps: optimizer steps in all.
-        batch_size: per device and step, before accumulation.
+        batch_size: per device and step, before accumulation; validation has the same.
         milestones: steps that leave a policy folder; the last step always does.
         val_interval: steps between validations.
         max_val_samples: validate on at most so many held-out frames, drawn evenly.
@@ -152,7 +150,8 @@ def val_loader(data: ChunkDataset | None, settings: Fit) -> DataLoader[Batch] | 
         return None
     count = min(len(data), settings.max_val_samples)
     order = [int(i * len(data) / count) for i in range(count)]
-    batches = [order[i : i + VAL_BATCH] for i in range(0, count, VAL_BATCH)]
+    size = settings.batch_size  # without gradients a batch takes less than in training, which fits
+    batches = [order[i : i + size] for i in range(0, count, size)]
     return DataLoader(data, batch_sampler=batches, collate_fn=_as_is)  # type: ignore[arg-type]
 
 
