@@ -75,7 +75,6 @@ class VisionLanguageExpert(SmolVLMWithExpertModel):
                 attention.k_proj = nn.Linear(width, width, bias=own.attention_bias)
                 attention.v_proj = nn.Linear(width, width, bias=own.attention_bias)
 
-
     def run_expert(
         self,
         x: Float[Tensor, "B H E"],

@@ -77,18 +77,24 @@ def build_model(
         has_goal: whether the data have the hindsight goal (`vlaexp.dataset.targets`).
         action_dim: width of the action, for models that hold their own decoder.
     """
-    goal = goal_dim(config["action_horizon"]) if has_goal else 0
-    sizes = {"state_dim": state_dim, "goal_dim": goal, "action_dim": action_dim}
-    takes = inspect.signature(get_class(config["model"]["_target_"])).parameters
+    sizes = model_sizes(config, state_dim, has_goal, action_dim)
     try:
         with seeded(config):
-            return instantiate(
-                config["model"], **{name: size for name, size in sizes.items() if name in takes}, _convert_="all"
-            )
+            return instantiate(config["model"], **sizes, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None  # what the user is meant to read, without Hydra around it
         raise
+
+
+def model_sizes(
+    config: Mapping[str, Any], state_dim: int | None, has_goal: bool, action_dim: int | None
+) -> dict[str, int | None]:
+    """What a model is told of the data; arguments as for `build_model`."""
+    goal = goal_dim(config["action_horizon"]) if has_goal else 0
+    sizes = {"state_dim": state_dim, "goal_dim": goal, "action_dim": action_dim}
+    takes = inspect.signature(get_class(config["model"]["_target_"])).parameters
+    return {name: size for name, size in sizes.items() if name in takes}
 
 
 @contextmanager
@@ -149,6 +155,12 @@ def uses_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
         return False
     own = {"flow": model.action_expert, "diffusion": model.denoiser}
     return own.get(head_name(config)) is not None
+
+
+def writes_decoder(config: Mapping[str, Any], model: BaseModel, space: str) -> bool:
+    """Whether `build_head` changes weights of the model's decoder."""
+    restarts = uses_expert(config, model) and config["head"].get("init") == "scratch"
+    return restarts or pretrained_decoder(config, model, space) is not None
 
 
 def head_origin(config: Mapping[str, Any], model: BaseModel, space: str) -> str:
