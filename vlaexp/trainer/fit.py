@@ -25,6 +25,8 @@ from vlaexp.trainer.callbacks import (
 )
 from vlaexp.trainer.tracking import LightningJournal, RunLog
 
+SHARDED = ("fsdp", "deepspeed", "model_parallel")
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -65,6 +67,12 @@ class Fit:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"trainer.{name}={value}; expected at least 1, as a whole number")
+        if self.strategy.startswith(SHARDED):
+            raise UserError(
+                f"trainer.strategy={self.strategy} shards the weights, and policy folders would hold one rank's part "
+                "of them; use trainer.strategy=ddp, and lora.quantize=nf4 or model.gradient_checkpointing=true where a "
+                "GPU is too small"
+            )
         late = [step for step in self.milestones if not 0 < step <= self.max_steps]
         if late:
             raise UserError(

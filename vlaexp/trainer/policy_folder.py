@@ -66,7 +66,7 @@ def load_policy(folder: Path | str) -> Head:
 def load_policies(folders: Sequence[Path | str]) -> list[Head]:
     """`load_policy` of several; those of one base share its weights, which are read once and lie in memory once.
 
-    Each head has a module tree, an adapter and trained weights of its own, so that nothing is swapped when another acts.
+    Each head has its own module tree, adapter and trained weights, so that nothing is swapped when another acts.
     """
     opened = [_open(Path(folder)) for folder in folders]
     users = Counter(policy.base for policy in opened)
