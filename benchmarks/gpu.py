@@ -120,26 +120,22 @@ def measure() -> Measured:
         trainings = [row for base in BASES for row in train(base, weights(base), device, folder)]
         latencies = []
         for what, keys in LATENCIES.items():
-            head, *_ = build([*keys, *ADAPTERS_OF_ACTING, *weights(what.split(",")[0])], device, folder)
+            head, *_ = build([*ADAPTERS, *keys, *weights(what.split(",")[0])], folder)
+            materialise(head, torch.device(device))
             latencies.append(latency(what, head.eval()))
             del head
     return Measured(device, trainings, latencies)
 
 
-ADAPTERS_OF_ACTING = [key for key in ADAPTERS if not key.startswith("lora.targets")]
-
-
-def build(keys: Sequence[str], device: str, folder: Path) -> tuple[Head, dict[str, Any], Fit, float]:
-    """A head with random weights on the device, its configuration, and its training's predicted memory in GiB."""
+def build(keys: Sequence[str], folder: Path) -> tuple[Head, dict[str, Any], Fit, float]:
+    """A head on the meta device, its configuration, and its training's predicted memory in GiB."""
     rdt = [f"model.language_embeddings={folder / 'language'}"] if "model=rdt_1b" in keys else []
     cfg = compose("plan", [*keys, *rdt, f"outputs={folder}"])
     config, settings, shapes = resolved(cfg), instantiate(cfg.trainer), find_shapes(cfg)
     built, _ = build_for_planning(config, shapes.spec, shapes.state_dim, shapes.statistics)
-    predicted = memory_gib(built, config, settings)["total"]
-    materialise(built.head, torch.device(device))
     if isinstance(built.head.model, RDT):
         write_language(built.head.model, folder / "language")
-    return built.head, config, settings, predicted
+    return built.head, config, settings, memory_gib(built, config, settings)["total"]
 
 
 def materialise(head: Head, device: torch.device) -> None:
@@ -179,17 +175,18 @@ def write_language(model: RDT, folder: Path) -> None:
 def train(base: str, weights: Sequence[str], device: str, folder: Path) -> Iterator[Training]:
     """Each kind of adapters at each batch size."""
     for adapters, (keys, batch_sizes) in TRAININGS.items():
-        for size in batch_sizes:
+        for size in batch_sizes if device == "cuda" else (1,):
             common = [*ADAPTERS, *BASES[base], *weights, *keys, f"trainer.batch_size={size}"]
             peak = speed = None
+            head, config, settings, predicted = build(common, folder)
             try:
-                head, config, settings, predicted = build(common, device, folder)
+                materialise(head, torch.device(device))
                 peak, speed = steps(head, config, settings)
             except torch.cuda.OutOfMemoryError:
                 print(f"{base} {adapters} batch {size}: out of memory", file=sys.stderr)
             yield Training(base, adapters, size, predicted, peak, speed)
             print(f"{base} {adapters} batch {size}: {peak} GiB, {speed} samples/s", file=sys.stderr)
-            head = None  # before the next is built
+            del head  # before the next comes to the device
 
 
 def steps(head: Head, config: dict[str, Any], settings: Fit, count: int = 10) -> tuple[float | None, float]:
@@ -260,9 +257,9 @@ def page(found: Measured, about: dict[str, Any]) -> str:
     lines = [
         "# The large bases on a GPU",
         "",
-        f"Written by `{COMMAND}` at {about['commit']} on {about['machine']}, {about['date']}. Random weights, precision",
-        f"`{PRECISION}`, adapters on every linear layer, frozen base, no gradient checkpointing. *Peak* is what torch",
-        "allocated at most, *predicted* the total of `vlaexp plan`.",
+        f"Written by `{COMMAND}` at {about['commit']} on {about['machine']}, {about['date']}.",
+        f"Random weights, precision `{PRECISION}`, adapters on every linear layer, frozen base, no gradient checkpointing.",
+        "*Peak* is what torch allocated at most, *predicted* the total of `vlaexp plan`.",
         note,
         "| base | adapters | batch | predicted GiB | peak GiB | ratio | samples/s |",
         "|---|---|---:|---:|---:|---:|---:|",
