@@ -141,9 +141,7 @@ def build(keys: Sequence[str], folder: Path) -> tuple[Head, dict[str, Any], Fit,
 def materialise(head: Head, device: torch.device) -> None:
     """Random weights for a head that was built on the meta device; norm stats that change nothing."""
     for name, layer in list(head.named_modules()):
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and quantize.statistics(weight):
-            assert isinstance(layer, nn.Linear)
+        if isinstance(layer, nn.Linear) and quantize.statistics(layer.weight):
             size, bias = (layer.in_features, layer.out_features), layer.bias is not None
             parent, _, child = name.rpartition(".")
             owner = head.get_submodule(parent)
@@ -236,9 +234,9 @@ def time_of(work: Callable[[], None], count: int, device: torch.device) -> float
 def small_checkpoints(folder: Path) -> Callable[[str], list[str]]:
     """Overrides by base that name small checkpoints, which the tests write."""
     sys.path.append(str(ROOT / "tests"))
-    import lerobot_checkpoints
-    import openvla_checkpoint
-    import rdt_checkpoint
+    import lerobot_checkpoints  # type: ignore[import-not-found]
+    import openvla_checkpoint  # type: ignore[import-not-found]
+    import rdt_checkpoint  # type: ignore[import-not-found]
 
     made = {"openvla_7b": openvla_checkpoint.write(folder / "openvla_7b"), "rdt_1b": folder / "rdt_1b"}
     rdt_checkpoint.write(made["rdt_1b"])
@@ -258,8 +256,8 @@ def page(found: Measured, about: dict[str, Any]) -> str:
         "# The large bases on a GPU",
         "",
         f"Written by `{COMMAND}` at {about['commit']} on {about['machine']}, {about['date']}.",
-        f"Random weights, precision `{PRECISION}`, adapters on every linear layer, frozen base, no gradient checkpointing.",
-        "*Peak* is what torch allocated at most, *predicted* the total of `vlaexp plan`.",
+        f"Random weights, precision `{PRECISION}`, adapters on every linear layer, frozen base, no",
+        "gradient checkpointing. *Peak* is what torch allocated at most, *predicted* the total of `vlaexp plan`.",
         note,
         "| base | adapters | batch | predicted GiB | peak GiB | ratio | samples/s |",
         "|---|---|---:|---:|---:|---:|---:|",

@@ -95,6 +95,14 @@ def test_a_weight_takes_the_bits_of_the_paper(device: str) -> None:
     assert math.isclose(BITS, 4.127, abs_tol=1e-3)
 
 
+def test_the_first_layer_may_have_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a plan in a fresh process; the tables that bitsandbytes then keeps have numbers."""
+    monkeypatch.setattr(bitsandbytes().functional, "name2qmap", {})
+    with torch.device("meta"):
+        in_4_bits(layer())
+    assert not in_4_bits(layer())[0].weight.quant_state.state2.code.is_meta  # type: ignore[union-attr]
+
+
 def test_models_that_share_weights_share_the_4_bit_ones() -> None:
     known: Known = {}
     one, two, other = layer(), layer(), layer()

@@ -46,6 +46,8 @@ def quantize(model: nn.Module, names: Iterable[str], known: Known | None = None)
         names: of the layers.
         known: for models that share weights and shall go on sharing them: the 4-bit ones so far; new ones are added.
     """
+    with torch.device("cpu"):  # bitsandbytes keeps a table of its first use, which might be without numbers
+        bitsandbytes().functional.quantize_blockwise(torch.zeros(1))
     for name in names:
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)

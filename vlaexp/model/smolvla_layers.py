@@ -102,7 +102,7 @@ class VisionLanguageExpert(SmolVLMWithExpertModel):
         every = self.self_attn_every_n_layers
         alone = "cross" in self.attention_mode and not (every > 0 and i % every == 0)
         attention = self.forward_cross_attn_layer if alone else self.forward_attn_layer
-        head_dim = self.vlm.config.text_config.head_dim
+        head_dim = layer.self_attn.head_dim
         cache = DynamicCache(past)  # grows; the tensors of `past` do not
         (seen,), _ = attention(layers, [None, x], i, positions, attend, len(x), head_dim, True, cache)
         x = layer.self_attn.o_proj(seen.to(layer.self_attn.o_proj.weight.dtype)) + x
