@@ -145,7 +145,7 @@ def materialise(head: Head, device: torch.device) -> None:
             size, bias = (layer.in_features, layer.out_features), layer.bias is not None
             parent, _, child = name.rpartition(".")
             owner = head.get_submodule(parent)
-            setattr(owner, child, nn.Linear(*size, bias, device, weight.dtype).requires_grad_(False))
+            setattr(owner, child, nn.Linear(*size, bias, device, layer.weight.dtype).requires_grad_(False))
             quantize.quantize(owner, [child])
 
     def real(tensor: Tensor) -> Tensor:
