@@ -4,7 +4,7 @@ SHELL := bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-slow test-mujoco check bench evidence evidence-all lock clean
+.PHONY: help setup demo test test-slow test-mujoco check bench bench-gpu evidence evidence-all lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ check: setup ## format, lint, types, layers
 
 bench: setup ## measure speeds side by side; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.speed
+
+bench-gpu: setup ## the large bases on a GPU: memory, speed, latency; results go to benchmarks/results
+	$(BIN)/python -m benchmarks.gpu
 
 evidence: setup ## the quick criteria: does the project do what it says? (outputs/evidence.json)
 	$(BIN)/python -m benchmarks.evidence

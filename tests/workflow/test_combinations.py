@@ -1,4 +1,4 @@
-"""Base x head x {head only, LoRA, full} at tiny size through the true entry point.
+"""Base x head x {head only, LoRA, QLoRA, full} at tiny size through the true entry point.
 
 One training step with validation, save, load, act; the same action after loading. By default every pair of values is in
 some combination, the full grid is slow. What cannot be combined is refused with the reason; docs/combinations.md is
@@ -50,6 +50,7 @@ HEADS = {
 ADAPTATIONS = {
     "head only": ["lora=none", "freeze=backbone"],
     "LoRA": ["lora=r4", "freeze=all", "lora.targets=all-linear"],
+    "QLoRA": ["lora=r4", "lora.quantize=nf4", "freeze=all", "lora.targets=all-linear"],
     "full": ["lora=none", "freeze=none"],
 }
 INSTRUCTIONS = ("pick up the red cube", "put it in the box")
@@ -197,14 +198,14 @@ def table() -> str:
         "",
         "Written by `tests/workflow/test_combinations.py`, which tries what it says. *Head only* (and the model's",
         "decoder) is `lora=none freeze=backbone`, *LoRA* `lora=rN freeze=all lora.targets=all-linear`, *full*",
-        "`lora=none freeze=none`.",
+        "`lora=none freeze=none`. *QLoRA* is *LoRA* with `lora.quantize=nf4`.",
         "",
         f"| head | {' | '.join(f'`model={base}`' for base in BASES)} |",
         f"|---|{'---|' * len(BASES)}",
     ]
     for head in HEADS:
         reasons = [obstacle(base, head) for base in BASES]
-        cells = ["head only, LoRA, full" if reason is None else f"no: {reason}" for reason in reasons]
+        cells = ["head only, LoRA, QLoRA, full" if reason is None else f"no: {reason}" for reason in reasons]
         lines.append(f"| `{head}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -99,7 +99,7 @@ class OpenVLA(PrefixModel):
         oft: OpenVLA-OFT's parts; None where the weights bring them, True also without (drawn anew, as OFT begins),
             False for the language model alone, which other heads than regression need.
         center_crop: evaluate on the central 90% of the image's area; for policies trained with augmentation=openvla.
-        gradient_checkpointing: compute activations again in the backward pass, layer by layer.
+        gradient_checkpointing: compute activations again in the backward pass, layer by layer, images' too.
     """
 
     n_obs_steps = 1
@@ -139,7 +139,7 @@ class OpenVLA(PrefixModel):
         self.oft = bool(parts) if oft is None else oft
         self._unnorm_mode: UnnormMode = unnorm_mode
         with torch.device("meta"):  # the weights bring their own memory
-            self.vision = Vision(config)
+            self.vision = Vision(config, gradient_checkpointing)
             patches = self.vision.featurizer.patch_embed.num_patches
             positions = text.max_position_embeddings
             if len(cameras) * patches >= positions:

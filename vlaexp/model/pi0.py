@@ -65,7 +65,7 @@ class Pi0(FlowVLA):
         statistics: dataset (for openpi, asset id) whose statistics in the checkpoint are used, `checkpoint` where they
             have no name; None for those of the training data.
         dtype: of the weights (`FlowVLA`); None for that of the checkpoint.
-        gradient_checkpointing: compute activations of language model and expert again, layer by layer.
+        gradient_checkpointing: compute activations again in the backward pass, layer by layer.
     """
 
     name = "pi0"
@@ -114,6 +114,8 @@ class Pi0(FlowVLA):
             decoder.config._attn_implementation = "sdpa"
         self.width = self.language.config.hidden_size
         self.plan_width = self.state_dim
+        if gradient_checkpointing:
+            self.model.paligemma_with_expert.paligemma.model.vision_tower.gradient_checkpointing_enable()
         name = self.parts["language"][0]
         last = self.language.config.num_hidden_layers - 1
         self.landmarks = {"embeddings": f"{name}.embed_tokens", "last_layer": f"{name}.layers.{last}"}

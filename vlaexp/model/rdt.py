@@ -156,6 +156,8 @@ class RDT(PrefixModel):
         encoder = None if text_encoder is None else Path(text_encoder).expanduser()
         with torch.device("meta"):  # the weights bring their own memory
             self.vision = Vision(vision)
+            if gradient_checkpointing:
+                self.vision.gradient_checkpointing_enable()
             self.projector = Projector(config)
             self.language = Language(config, Path(language_embeddings).expanduser(), encoder)
             self.decoder = DiffusionTransformer(config)

@@ -20,7 +20,7 @@ from vlaexp.errors import UserError
 from vlaexp.head.base import Head
 from vlaexp.head.prefix import PrefixHead
 from vlaexp.ledger import Ledger, ledger
-from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts
+from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts, quantize_base
 from vlaexp.model.base import BaseModel, PrefixModel
 from vlaexp.model.weights import copy_strictly, read_safetensors
 
@@ -55,6 +55,7 @@ def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: 
     model.read_statistics(statistics)
     head = build_head(config, model, spec, choose_norm_stats(config, model, spec, statistics))
     freeze_parts(model, freeze)
+    quantize_base(model, lora, freeze)
     adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
     own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
     built = Built(head, adapter, ledger(model, own, lora))
@@ -77,18 +78,24 @@ def build_model(
         has_goal: whether the data have the hindsight goal (`vlaexp.dataset.targets`).
         action_dim: width of the action, for models that hold their own decoder.
     """
-    goal = goal_dim(config["action_horizon"]) if has_goal else 0
-    sizes = {"state_dim": state_dim, "goal_dim": goal, "action_dim": action_dim}
-    takes = inspect.signature(get_class(config["model"]["_target_"])).parameters
+    sizes = model_sizes(config, state_dim, has_goal, action_dim)
     try:
         with seeded(config):
-            return instantiate(
-                config["model"], **{name: size for name, size in sizes.items() if name in takes}, _convert_="all"
-            )
+            return instantiate(config["model"], **sizes, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None  # what the user is meant to read, without Hydra around it
         raise
+
+
+def model_sizes(
+    config: Mapping[str, Any], state_dim: int | None, has_goal: bool, action_dim: int | None
+) -> dict[str, int | None]:
+    """What a model is told of the data; arguments as for `build_model`."""
+    goal = goal_dim(config["action_horizon"]) if has_goal else 0
+    sizes = {"state_dim": state_dim, "goal_dim": goal, "action_dim": action_dim}
+    takes = inspect.signature(get_class(config["model"]["_target_"])).parameters
+    return {name: size for name, size in sizes.items() if name in takes}
 
 
 @contextmanager
@@ -157,6 +164,12 @@ def _has_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
     """Whether the head is the model's own decoder, with loaded weights."""
     drawn_anew = any(model.part_of(prefix) == "decoder" for prefix in model.reinitialized)
     return uses_expert(config, model) and not drawn_anew
+
+
+def writes_decoder(config: Mapping[str, Any], model: BaseModel, space: str) -> bool:
+    """Whether `build_head` changes weights of the model's decoder."""
+    restarts = uses_expert(config, model) and config["head"].get("init") == "scratch"
+    return restarts or pretrained_decoder(config, model, space) is not None
 
 
 def head_origin(config: Mapping[str, Any], model: BaseModel, space: str) -> str:

@@ -25,7 +25,7 @@ from vlaexp.trainer.callbacks import (
 )
 from vlaexp.trainer.tracking import LightningJournal, RunLog
 
-VAL_BATCH = 256
+SHARDED = ("fsdp", "deepspeed", "model_parallel")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Fit:
 
     Args:
         max_steps: optimizer steps in all.
-        batch_size: per device and step, before accumulation.
+        batch_size: per device and step, before accumulation; validation has the same.
         milestones: steps that leave a policy folder; the last step always does.
         val_interval: steps between validations.
         max_val_samples: validate on at most so many held-out frames, drawn evenly.
@@ -67,6 +67,12 @@ class Fit:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"trainer.{name}={value}; expected at least 1, as a whole number")
+        if self.strategy.startswith(SHARDED):
+            raise UserError(
+                f"trainer.strategy={self.strategy} shards the weights, and policy folders would hold one rank's part "
+                "of them; use trainer.strategy=ddp, and lora.quantize=nf4 or model.gradient_checkpointing=true where a "
+                "GPU is too small"
+            )
         late = [step for step in self.milestones if not 0 < step <= self.max_steps]
         if late:
             raise UserError(
@@ -152,7 +158,8 @@ def val_loader(data: ChunkDataset | None, settings: Fit) -> DataLoader[Batch] | 
         return None
     count = min(len(data), settings.max_val_samples)
     order = [int(i * len(data) / count) for i in range(count)]
-    batches = [order[i : i + VAL_BATCH] for i in range(0, count, VAL_BATCH)]
+    size = settings.batch_size  # without gradients a batch takes less than in training, which fits
+    batches = [order[i : i + size] for i in range(0, count, size)]
     return DataLoader(data, batch_sampler=batches, collate_fn=_as_is)  # type: ignore[arg-type]
 
 

@@ -14,6 +14,7 @@ from vlaexp.errors import UserError
 from vlaexp.eval.panel import SUMMARY, evaluate
 from vlaexp.eval.split import Panel
 from vlaexp.report.collect import DESCRIPTOR
+from vlaexp.trainer.policy_folder import load_policies
 from vlaexp.trainer.tracking import RunLog
 from vlaexp.workflow.policies import NamedPolicy, from_folder
 
@@ -47,8 +48,9 @@ def evaluate_milestones(cfg: DictConfig, folders: Mapping[int, Path], log: RunLo
     if panel is None:
         return {}
     results = {}
+    heads = load_policies([folder for _, folder in sorted(folders.items())])  # on one base
     for step, folder in sorted(folders.items()):
-        results[step] = run_panel(from_folder(folder), panel, cfg)
+        results[step] = run_panel(from_folder(folder, heads.pop(0)), panel, cfg)
         log_evidence(log, results[step], step)
     return results
 

@@ -48,7 +48,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     config = resolved(cfg)
     gpu = None if cfg.gpu is None else find_gpu(cfg.gpu)
     usual = usual_demonstrations(cfg.transfer)
-    shapes = _shapes(cfg)
+    shapes = find_shapes(cfg)
     built, device = build_for_planning(config, shapes.spec, shapes.state_dim, shapes.statistics)
     memory = memory_gib(built, config, settings)
     dead = find_dead_adapters(built.head)
@@ -71,7 +71,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def _shapes(cfg: DictConfig) -> Shapes:
+def find_shapes(cfg: DictConfig) -> Shapes:
     """From the dataset where it lies on this machine, otherwise from the environment."""
     if cfg.dataset is not None and cfg.dataset.root is not None and Path(cfg.dataset.root).exists():
         demos = load_demonstrations(cfg)

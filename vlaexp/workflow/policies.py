@@ -22,6 +22,7 @@ from vlaexp.dataset.normalize import NormStats
 from vlaexp.env.tabletop.env import EE_DELTA_SPEC
 from vlaexp.errors import UserError
 from vlaexp.eval.baselines import ConstantPolicy, ExpertPolicy, NearestNeighbourPolicy, RandomPolicy, ReplayPolicy
+from vlaexp.head.base import Head
 from vlaexp.trainer.build import build_head, build_model, head_name, pretrained_decoder
 from vlaexp.trainer.policy_folder import load_policy
 from vlaexp.trainer.tracking import JOURNAL
@@ -87,10 +88,10 @@ def training_seeds(record: Mapping[str, Any]) -> list[int]:
     return seeds + [seed for low, high in record["base"]["training_seeds"] for seed in range(low, high)]
 
 
-def from_folder(folder: Path, n_action_steps: int | None = None) -> NamedPolicy:
-    """A policy folder, on the accelerator where there is one."""
+def from_folder(folder: Path, head: Head, n_action_steps: int | None = None) -> NamedPolicy:
+    """The policy `head` that was loaded from `folder`, on the accelerator where there is one."""
     record = manifest.read(folder)
-    head = load_policy(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    head.to("cuda" if torch.cuda.is_available() else "cpu")
     if n_action_steps is not None:
         if not 1 <= n_action_steps <= head.action_horizon:
             raise UserError(f"policy.n_action_steps={n_action_steps}; expected 1 to {head.action_horizon}")
@@ -103,7 +104,8 @@ def from_folder(folder: Path, n_action_steps: int | None = None) -> NamedPolicy:
 
 def trained(cfg: DictConfig, path: str, n_action_steps: int | None) -> NamedPolicy:
     """`policy=trained`: a policy folder, or the last milestone of a run folder."""
-    return from_folder(last_milestone(Path(path)), n_action_steps)
+    folder = last_milestone(Path(path))
+    return from_folder(folder, load_policy(folder), n_action_steps)
 
 
 def last_milestone(folder: Path) -> Path:
