@@ -8,7 +8,7 @@
     tool_target: complementary_info.tool_target  # absolute commanded tool pose, 9 numbers
     recorded: {...}                              # provenance, free form
 
-A dataset without the file still trains with `action_space=native`. For a known one on a hub, `dataset.card` says the same
+A dataset without the file still trains with `action_space=native`. For one on a hub, `dataset.card` can say the same
 (conf/dataset/pusht.yaml).
 """
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,10 @@ class Demonstrations:
         self.card = DatasetCard.load(self.root, card)
         self.action_horizon = action_horizon
         native = self.card.action_spaces.get("native")
-        usual = {"action": native.column if native else "action", "state": self.card.state_column or "observation.state"}
+        usual = {
+            "action": native.column if native else "action",
+            "state": self.card.state_column or "observation.state",
+        }
         self._keys = usual | dict(keys or {})
         self.cameras = self._map_cameras(cameras)
         self.columns = self._columns(action_space)

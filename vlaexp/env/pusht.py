@@ -105,7 +105,9 @@ class PushT:
         if not np.isfinite(action).all():
             raise UserError(f"action {action.tolist()} is not finite; check the policy's weights and normalization")
         if spec.reference not in ("absolute", "measured_state"):
-            raise UserError(f"PushT cannot execute actions against {spec.reference!r}; set action_space.reference=absolute")
+            raise UserError(
+                f"PushT cannot execute actions against {spec.reference!r}; set action_space.reference=absolute"
+            )
         return action + self._chunk_start if spec.reference == "measured_state" else action
 
     @property
@@ -118,7 +120,11 @@ class PushT:
     def describe(self) -> dict[str, Any]:
         """Where the disc (x, y), the block and the target (x, y in pixels, angle in rad) are."""
         info = self.info
-        return {"agent": info["pos_agent"].tolist(), "block": info["block_pose"].tolist(), "goal": info["goal_pose"].tolist()}
+        return {
+            "agent": info["pos_agent"].tolist(),
+            "block": info["block_pose"].tolist(),
+            "goal": info["goal_pose"].tolist(),
+        }
 
     def privileged_state(self) -> dict[str, Any]:
         return self.describe() | {"contacts": int(self.info["n_contacts"])}

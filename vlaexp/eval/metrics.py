@@ -29,7 +29,7 @@ def seam_jump(positions: np.ndarray, n_action_steps: int) -> float:
 def summarize_measures(trace: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Last and largest value of what the world measures at each step (`StepResult.measures`)."""
     summary = {}
-    for name, last in trace[-1].get("measures", {}).items():
+    for name, last in trace[-1]["measures"].items():
         summary |= {f"final_{name}": last, f"max_{name}": max(row["measures"][name] for row in trace)}
     return summary
 

@@ -122,7 +122,7 @@ def _run_split(
 
 
 def summarize(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Rates and means over episodes, None for what was not measured; `outcomes` keeps the order of seeds for pairing."""
+    """Rates and means over episodes, None where not measured; `outcomes` keeps the order of seeds for pairing."""
     outcomes = [bool(rollout.metrics["success"]) for rollout in rollouts]
     low, high = wilson_interval(sum(outcomes), len(outcomes))
 

@@ -100,7 +100,9 @@ def _content(comparison: Mapping[str, Any], journals: Mapping[str, Journal]) -> 
         "question": comparison["question"],
         "axes": words.axes_text(comparison["axes"]),
         "method": words.METHOD,
-        "splits": [_split([row for row in rows if row["split"] == split], couples, names, measures) for split in splits],
+        "splits": [
+            _split([row for row in rows if row["split"] == split], couples, names, measures) for split in splits
+        ],
         "policy_columns": (*POLICY_COLUMNS, *((name.replace("_", " "), True) for name in measures)),
         "pictures": figures.draw(rows, names, journals),
         "films": [_film(film, names) for film in films.samples(rows)],

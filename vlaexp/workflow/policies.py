@@ -157,20 +157,21 @@ def random(cfg: DictConfig) -> NamedPolicy:
 def constant(cfg: DictConfig, action: Sequence[float] | None) -> NamedPolicy:
     """`policy=constant`: the mean action of the training data, or `action` at every step."""
     if action is not None:
-        spec = _executable_spec(cfg)
-        if len(action) != spec.dim:
-            raise UserError(
-                f"policy.action={list(action)} has {len(action)} numbers; expected {spec.dim}: "
-                f"{', '.join(f'{name} ({unit})' for name, unit in zip(spec.names, spec.units, strict=True))}"
-            )
-        policy = ConstantPolicy(np.tile(np.array(action, dtype=float), (cfg.n_action_steps, 1)), spec, cfg.n_action_steps)
-        return _baseline(
-            cfg, "constant", policy, {"spec": spec.to_dict(), "action": list(action)}, action_space=spec.space
-        )
+        return _given_action(cfg, list(action))
     demos = load_demonstrations(cfg)
-    action = demos.statistics().quantities["action"].mean
-    policy = ConstantPolicy(action, demos.spec, cfg.n_action_steps)
+    mean = demos.statistics().quantities["action"].mean
+    policy = ConstantPolicy(mean, demos.spec, cfg.n_action_steps)
     return _from_demonstrations(cfg, "mean_action", policy, demos)
+
+
+def _given_action(cfg: DictConfig, action: list[float]) -> NamedPolicy:
+    spec = _executable_spec(cfg)
+    if len(action) != spec.dim:
+        names = ", ".join(f"{name} ({unit})" for name, unit in zip(spec.names, spec.units, strict=True))
+        raise UserError(f"policy.action={action} has {len(action)} numbers; expected {spec.dim}: {names}")
+    policy = ConstantPolicy(np.tile(np.array(action, dtype=float), (cfg.n_action_steps, 1)), spec, cfg.n_action_steps)
+    identity = {"spec": spec.to_dict(), "action": action}
+    return _baseline(cfg, "constant", policy, identity, action_space=spec.space)
 
 
 def nearest_neighbour(cfg: DictConfig) -> NamedPolicy:
