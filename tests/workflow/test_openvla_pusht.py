@@ -76,7 +76,10 @@ def test_the_plan_of_the_page_is_what_the_plan_says(points: list[Point], rank: s
     milestones = f"trainer.milestones=[{STEPS[0]},{STEPS[1]}]"
     found = plan(compose("plan", [*point.overrides, milestones, f"outputs={tmp_path}"]))
     memory, disk = found["memory_gib"], found["disk_gib"]
-    cells = [f"{found['parameters']['trainable']:,}", *(f"{memory[part]:.1f}" for part in ("weights", "activations", "total"))]
+    cells = [
+        f"{found['parameters']['trainable']:,}",
+        *(f"{memory[part]:.1f}" for part in ("weights", "activations", "total")),
+    ]
     cells += [f"{disk['milestones']:.2f}", f"{disk['checkpoint']:.2f}"]
     (line,) = re.findall(rf"^\| {rank} \|.*$", README.read_text(), re.MULTILINE)
     assert [cell.strip() for cell in line.split("|")[2:-1]] == cells

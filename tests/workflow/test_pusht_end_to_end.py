@@ -103,9 +103,19 @@ def test_train_on_demonstrations_then_evaluate(head, small, pusht_demonstrations
             "policy.action=[1, 2, 3] has 3 numbers; expected 2: x (pixel), y",
         ),
         (["policy=constant"], "this needs demonstrations; set dataset="),
+        (["policy=expert"], "vlaexp.env.pusht.PushT has no scripted expert; only the embedded world has one"),
         (["policy=random", "env.damping=2"], "env.damping=2; expected 0"),
     ],
 )
-def test_refusals(overrides, message, tmp_path, capsys):
+def test_refusals_of_eval(overrides, message, tmp_path, capsys):
     assert cli.main(["eval", "env=pusht", *overrides, "tracker=csv", f"outputs={tmp_path}"]) == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_refusal_of_record(tmp_path, capsys):
+    assert cli.main(["record", "dataset=pusht", f"dataset.root={tmp_path / 'new'}", f"outputs={tmp_path}"]) == 1
+    assert (
+        "PushT has no scripted expert; only the embedded world has one: set env=tabletop_pick"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "new").exists()

@@ -26,6 +26,7 @@ from vlaexp.trainer.build import build_head, build_model, head_name, pretrained_
 from vlaexp.trainer.policy_folder import load_policy
 from vlaexp.trainer.tracking import JOURNAL
 from vlaexp.workflow.data import load_demonstrations
+from vlaexp.workflow.record import require_expert
 
 DECODERS = {
     "joint": "regression",
@@ -143,7 +144,9 @@ def base(cfg: DictConfig) -> NamedPolicy:
 def expert(cfg: DictConfig) -> NamedPolicy:
     """`policy=expert`: the scripted expert of the embedded world."""
     # The copy of the world must show nothing and know no perturbation: the scene of each episode says it all.
-    make_env = partial(instantiate, OmegaConf.create(_environment(cfg)), _convert_="all")
+    environment = _environment(cfg)
+    require_expert(environment)
+    make_env = partial(instantiate, OmegaConf.create(environment), _convert_="all")
     return _baseline(cfg, "expert", ExpertPolicy(make_env, cfg.n_action_steps), {}, action_space="ee_delta")
 
 
