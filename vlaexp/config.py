@@ -38,7 +38,6 @@ NOT_IDENTITY = (
     "dataset.repo_id",
     "dataset.revision",
     "dataset.convert",
-    "dataset.card",  # what it says of the actions is part of the content
     "dataset.outputs",
     "model.weights",
     "trainer.max_steps",

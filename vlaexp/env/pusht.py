@@ -5,7 +5,7 @@ The task is that of Implicit Behavioral Cloning (Florence et al. 2021, arXiv 210
 follows at 10 Hz. Positions are pixels of a table of 512 by 512, x to the right, y down, whatever size the image has.
 
 `coverage` is the share of the target that the block covers. Success is gym-pusht's: coverage above 95%, which ends the
-episode; its `reward` is coverage / 0.95, at most 1. The largest reward of an episode is the score of the papers.
+episode; its `reward` is coverage / 0.95, at most 1. The largest reward of an episode is Diffusion Policy's score.
 """
 
 import os
