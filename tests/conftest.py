@@ -39,6 +39,14 @@ def rdt_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pusht_demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small dataset with the columns of lerobot/pusht."""
+    from pusht_dataset import write
+
+    return write(tmp_path_factory.mktemp("datasets") / "pusht")
+
+
+@pytest.fixture(scope="session")
 def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Outputs folder of the session; holds the dataset `tabletop_pick` of 8 demonstrations."""
     from vlaexp.config import compose

@@ -23,7 +23,6 @@ MODULES = {
     "action_space": "vlaexp.dataset.demonstrations",
     "augmentation": "vlaexp.dataset.augment",
     "dataset": "vlaexp.dataset.demonstrations",
-    "env": "vlaexp.env.tabletop",
     "eval": "vlaexp.eval.split",
     "freeze": "vlaexp.lora",
     "lora": "vlaexp.lora",
@@ -60,7 +59,7 @@ def locate(target: str):
 
 def test_there_are_choices():
     assert len(CHOICES) > 40
-    assert {str(file.parent) for file in CHOICES} == {*MODULES, "head", "model", "experiment"}
+    assert {str(file.parent) for file in CHOICES} == {*MODULES, "env", "head", "model", "experiment"}
 
 
 @pytest.mark.parametrize("file", [file for file in CHOICES if str(file.parent) != "experiment"], ids=str)
@@ -71,8 +70,9 @@ def test_a_choice_composes_into_what_its_target_takes(file):
         assert file.stem == "none"
         return
     data = OmegaConf.to_container(node, resolve=False)
-    # a size is part of a choice's name (openvla_7b), not of its module's
-    module = MODULES.get(group, f"vlaexp.{group}.{re.sub(r'_[0-9]+b$', '', file.stem)}")
+    # a size is part of a choice's name (openvla_7b), not of its module's; so is a family of a world (tabletop_pick)
+    name = re.sub(r"_.*" if group == "env" else r"_[0-9]+b$", "", file.stem)
+    module = MODULES.get(group, f"vlaexp.{group}.{name}")
     assert data["_target_"].rpartition(".")[0] == module
     for mapping in targets(data):
         parameters = inspect.signature(locate(mapping["_target_"])).parameters

@@ -62,11 +62,13 @@ def draw(rows: Sequence[Row], names: Names, journals: Mapping[str, Journal]) -> 
         if curves:
             caption = "From the journals of the runs. Losses of different decoders have different scales."
             pictures.append(save("training", "Training", caption, _training(journals, curves, _run_names(names))))
-        caption = (
-            "Mean squared jerk of the tool, lower is smoother. A policy that hardly moves is smooth too: read it "
-            f"beside success.{once}"
-        )
-        pictures.append(save("smoothness", "Smoothness", caption, _smoothness(last, names)))
+        measured = {split: [row for row in found if row["smoothness"] is not None] for split, found in last.items()}
+        if smooth := {split: found for split, found in measured.items() if found}:
+            caption = (
+                "Mean squared jerk of the tool, lower is smoother. A policy that hardly moves is smooth too: read it "
+                f"beside success.{once}"
+            )
+            pictures.append(save("smoothness", "Smoothness", caption, _smoothness(smooth, names)))
         split, found = next(iter(last.items()))
         caption = (
             "Left: latency of one decision on the machine that ran the evaluation, median with a whisker to the 95th "

@@ -95,12 +95,15 @@ def _content(comparison: Mapping[str, Any], journals: Mapping[str, Journal]) -> 
     names, couples = words.policy_names(rows), words.paired_rows(comparison)
     splits = list(dict.fromkeys(row["split"] for row in rows))
     tables = {split: _pair_table([c for c in couples if c[0]["split"] == split], names) for split in splits}
+    measures = sorted({name for row in rows for name in row.get("measures", {})})
     return {
         "question": comparison["question"],
         "axes": words.axes_text(comparison["axes"]),
         "method": words.METHOD,
-        "splits": [_split([row for row in rows if row["split"] == split], couples, names) for split in splits],
-        "policy_columns": POLICY_COLUMNS,
+        "splits": [
+            _split([row for row in rows if row["split"] == split], couples, names, measures) for split in splits
+        ],
+        "policy_columns": (*POLICY_COLUMNS, *((name.replace("_", " "), True) for name in measures)),
         "pictures": figures.draw(rows, names, journals),
         "films": [_film(film, names) for film in films.samples(rows)],
         "pair_columns": PAIR_COLUMNS,
@@ -110,16 +113,16 @@ def _content(comparison: Mapping[str, Any], journals: Mapping[str, Journal]) -> 
     }
 
 
-def _split(rows: Sequence[Row], couples: Sequence[Couple], names: Names) -> dict[str, Any]:
+def _split(rows: Sequence[Row], couples: Sequence[Couple], names: Names, measures: Sequence[str]) -> dict[str, Any]:
     return {
         "name": rows[0]["split"],
         "question": rows[0]["question"],
         "answer": words.answer(rows, couples, names),
-        "rows": [(words.kind(row), _policy_row(row, names)) for row in rows],
+        "rows": [(words.kind(row), _policy_row(row, names, measures)) for row in rows],
     }
 
 
-def _policy_row(row: Row, names: Names) -> list[str]:
+def _policy_row(row: Row, names: Names, measures: Sequence[str]) -> list[str]:
     return [
         names[key(row)],
         row["role"],
@@ -130,11 +133,17 @@ def _policy_row(row: Row, names: Names) -> list[str]:
         f"{row['successes']}/{row['episodes']}",
         words.percent(row["success_rate"]),
         words.interval_text(row),
-        f"{row['smoothness']:.3g}",
-        f"{row['seam_jump_mm']:.2f}",
+        _number(row["smoothness"], ".3g"),
+        _number(row["seam_jump_mm"], ".2f"),
         f"{row['latency']:.1f} ({row['latency_p95']:.1f})",
         f"{row['trainable_parameters']:,}",
+        *(_number(row.get("measures", {}).get(name), ".3f") for name in measures),
     ]
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number, or a dash where the world does not measure it."""
+    return "\N{EN DASH}" if value is None else format(value, form)
 
 
 def _pair_table(couples: Sequence[Couple], names: Names) -> list[list[str]]:

@@ -60,7 +60,8 @@ def log_evidence(log: RunLog, result: EvalResult, step: int) -> None:
     folder = f"eval/step_{step:06d}"
     log.artifact(result.folder / DESCRIPTOR, folder)
     for split, summary in result.summaries.items():
-        log.log({f"eval/{split}/{key}": summary[key] for key in LOGGED}, step)
+        found = {key: summary[key] for key in LOGGED} | summary.get("measures", {})  # older evidence has none
+        log.log({f"eval/{split}/{key}": value for key, value in found.items() if value is not None}, step)
         log.artifact(result.folder / split / SUMMARY, f"{folder}/{split}")
 
 

@@ -163,15 +163,20 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def success_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line per split: successes, rate, 95% interval, smoothness, latency."""
+    """One line per split: successes, rate, 95% interval, smoothness, latency, what its world measures besides."""
     lines = [f"{'split':<24}{'success':>12}{'rate':>8}  {'95% interval':<16}{'jerk':>10}{'seam mm':>9}{'ms':>7}"]
     for name, s in summaries.items():
         lines.append(
             f"{name:<24}{s['successes']:>6}/{s['episodes']:<5}{100 * s['success_rate']:>7.1f}%  "
-            f"[{100 * s['ci_low']:5.1f}, {100 * s['ci_high']:5.1f}] {s['mean_squared_jerk']:>10.1f}"
-            f"{s['seam_jump_mm']:>9.2f}{s['latency_ms_median']:>7.1f}"
+            f"[{100 * s['ci_low']:5.1f}, {100 * s['ci_high']:5.1f}] {_number(s['mean_squared_jerk'], '.1f'):>10}"
+            f"{_number(s['seam_jump_mm'], '.2f'):>9}{s['latency_ms_median']:>7.1f}"
+            + "".join(f"  {measure} {value:.3f}" for measure, value in s.get("measures", {}).items())
         )
     return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def held_out_lines(held_out: Mapping[str, Any]) -> str:
