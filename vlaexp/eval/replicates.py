@@ -1,9 +1,8 @@
 """Success of a policy trained with several seeds, all on the same episodes: intervals that carry both variances.
 
-The outcomes are a table of K seeds x N episodes. Seeds and episodes are both drawn from many and are crossed, as readers
-and cases are in radiology, so the variance of the mean comes from the mean squares of the two-way layout (the random
-effects of Obuchowski and Rockette 1995; degrees of freedom as Satterthwaite 1946, in the manner of Hillis 2007, Stat.
-Med. 26:596):
+The outcomes are a table of K seeds x N episodes. Both are drawn from many and they are crossed, as readers and cases
+are in radiology, so the variance of the mean comes from the mean squares of the two-way layout (the random effects of
+Obuchowski and Rockette 1995; Satterthwaite's degrees of freedom, in the manner of Hillis 2007, Stat. Med. 26:596):
 
     variance = (MS_episodes + max(MS_seeds - MS_rest, 0)) / (K N)
 
@@ -13,8 +12,8 @@ Student's t then is 4.3 rather than 2, and an interval is wide because little is
 
 A rate's interval is Wilson's with the episodes that would give this variance if they were independent (Franco, Little,
 Louis, Slud 2019, J. Surv. Stat. Methodol. 7:334). A difference's is Student's on the differences, with half a pseudo
-episode on each side so that it has a width where all agree (Agresti and Min 2005, Stat. Med. 24:729). With one seed both
-are what `vlaexp.eval.statistics` gives. `tests/eval/test_replicates.py` measures the coverage.
+episode on each side so that it has a width where all agree (Agresti and Min 2005, Stat. Med. 24:729). With one seed
+both are what `vlaexp.eval.statistics` gives. `tests/eval/test_replicates.py` measures the coverage.
 """
 
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ def crossed_mean(table: Float[np.ndarray, "K N"]) -> Mean:
 def pooled_interval(table: Bool[np.ndarray, "K N"], confidence: float = 0.95) -> tuple[float, float]:
     """Interval of the success rate over seeds and episodes, from outcomes.
 
-    Where every rollout ended alike the table cannot say how much seeds add: they count as nothing beyond the N episodes.
+    Where every rollout ended alike nothing tells how much further seeds add: only the N episodes count.
     """
     seeds, episodes = table.shape
     successes = int(table.sum())

@@ -16,6 +16,9 @@ from vlaexp.errors import UserError
 from vlaexp.report import figures, films, words
 from vlaexp.report.collect import Row
 from vlaexp.report.figures import Journal
+from vlaexp.report.frame import FRAME
+from vlaexp.report.ladders import Ladder, cell_table, conclusions, ladders
+from vlaexp.report.pool import replicates
 from vlaexp.report.words import Couple, Names, key
 
 PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
@@ -35,6 +38,7 @@ POLICY_COLUMNS = (  # heading, is a number
     ("latency, ms (p95)", True),
     ("trainable", True),
 )
+SEED_COLUMN = "by seed, %", False  # the last, where seeds are pooled
 PAIR_COLUMNS = (
     ("A", False),
     ("B", False),
@@ -44,6 +48,8 @@ PAIR_COLUMNS = (
     ("p", True),
     ("resolvable", False),
 )
+
+Columns = Sequence[tuple[str, bool]]
 
 
 def render(
@@ -68,7 +74,8 @@ def render(
     Raises:
         UserError: where the comparison is empty or inconsistent, or a film cannot be read.
     """
-    content = _content(comparison, journals or {}) | {"title": title, "command": command}
+    frame = FRAME if (folder / FRAME).exists() else ""
+    content = _content(comparison, journals or {}) | {"title": title, "command": command, "frame": frame}
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     environment = Environment(
         loader=PackageLoader("vlaexp", "report"),
@@ -93,33 +100,47 @@ def _content(comparison: Mapping[str, Any], journals: Mapping[str, Journal]) -> 
     if not rows:
         raise UserError("the comparison has no rows, so there is nothing to report; compare evaluated runs first")
     names, couples = words.policy_names(rows), words.paired_rows(comparison)
-    splits = list(dict.fromkeys(row["split"] for row in rows))
+    splits: dict[str, list[Row]] = {}
+    for row in rows:
+        splits.setdefault(row["split"], []).append(row)
+    rungs = {split: ladders(found, couples) for split, found in splits.items()}
     tables = {split: _pair_table([c for c in couples if c[0]["split"] == split], names) for split in splits}
+    columns = (*POLICY_COLUMNS, SEED_COLUMN) if any("replicates" in row for row in rows) else POLICY_COLUMNS
     return {
         "question": comparison["question"],
         "axes": words.axes_text(comparison["axes"]),
-        "method": words.METHOD,
-        "splits": [_split([row for row in rows if row["split"] == split], couples, names) for split in splits],
-        "policy_columns": POLICY_COLUMNS,
-        "pictures": figures.draw(rows, names, journals),
+        "method": words.method(comparison),
+        "splits": [_split(found, couples, names, columns, rungs[split]) for split, found in splits.items()],
+        "grids": {split: [cell_table(ladder) for ladder in found] for split, found in rungs.items() if found},
+        "policy_columns": columns,
+        "pictures": figures.draw(rows, names, journals, rungs),
         "films": [_film(film, names) for film in films.samples(rows)],
         "pair_columns": PAIR_COLUMNS,
         "pair_tables": {split: table for split, table in tables.items() if table},
         "collapse": sum(map(len, tables.values())) > COLLAPSE,
-        "manifests": {names[key(row)]: row["manifest"] for row in rows if row.get("manifest")},
+        "manifests": {
+            f"{names[key(row)]}{f' seed {seed["seed"]}' if 'replicates' in row else ''}": seed["manifest"]
+            for row in rows
+            for seed in replicates(row)
+            if seed.get("manifest")
+        },
     }
 
 
-def _split(rows: Sequence[Row], couples: Sequence[Couple], names: Names) -> dict[str, Any]:
+def _split(
+    rows: Sequence[Row], couples: Sequence[Couple], names: Names, columns: Columns, rungs: Sequence[Ladder]
+) -> dict[str, Any]:
     return {
         "name": rows[0]["split"],
         "question": rows[0]["question"],
         "answer": words.answer(rows, couples, names),
-        "rows": [(words.kind(row), _policy_row(row, names)) for row in rows],
+        "conclusions": [sentence for ladder in rungs for sentence in conclusions(ladder)],
+        "rows": [(words.kind(row), _policy_row(row, names)[: len(columns)]) for row in rows],
     }
 
 
 def _policy_row(row: Row, names: Names) -> list[str]:
+    seeds = [f"{seed['seed']}: {words.percent(seed['success_rate'])}" for seed in row.get("replicates", [])]
     return [
         names[key(row)],
         row["role"],
@@ -134,6 +155,7 @@ def _policy_row(row: Row, names: Names) -> list[str]:
         f"{row['seam_jump_mm']:.2f}",
         f"{row['latency']:.1f} ({row['latency_p95']:.1f})",
         f"{row['trainable_parameters']:,}",
+        ", ".join(seeds),
     ]
 
 
@@ -150,7 +172,7 @@ def _pair_table(couples: Sequence[Couple], names: Names) -> list[list[str]]:
             words.points(pair["difference"]),
             f"{words.points(pair['ci_low'])} to {words.points(pair['ci_high'])}",
             words.p_text(pair["p_value"]),
-            "yes" if pair["resolvable"] else f"not with {a['episodes']} episodes",
+            "yes" if pair["resolvable"] else f"not with {words.size(a)}",
         ]
         for a, b, pair in shown
     ]

@@ -1,10 +1,12 @@
 """A report in words: names of policies, the pairs that matter, and an answer that claims no more than the data do."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vlaexp.report.collect import Row
 from vlaexp.report.compare import label
+from vlaexp.report.pool import replicates
 
 KINDS = ("trained", "from scratch", "zero-shot", "baseline")
 MENTIONED = 5  # policies named in one sentence; the tables name all
@@ -12,6 +14,12 @@ METHOD = (
     "Rates carry 95% Wilson intervals. Policies are compared on the same episodes: difference in percentage points "
     "with a 95% Newcombe interval, exact McNemar p. A difference is called resolvable where its interval excludes "
     "zero. Nothing is corrected for the number of comparisons, so the best of many policies looks better than it is."
+)
+POOLED = (
+    " The seeds of a policy are pooled: intervals, differences and p then carry the variance over episodes and over "
+    "seeds (mean squares of the crossed layout, Student's t; vlaexp/eval/replicates.py), seeds paired where both have "
+    "them. The part of the seeds rests on their number less one: with three the intervals are wide because little is "
+    "known about it, and three seeds that happen to agree hide it."
 )
 Names = Mapping[tuple[str, int], str]
 Couple = tuple[Row, Row, dict[str, Any]]
@@ -33,7 +41,7 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
     def position(row: Row) -> tuple[Any, ...]:
         place = KINDS.index(kind(row))
         split = row["split"] != "nominal", row["split"]
-        adapter = len(row["lora"]), row["lora"]  # r4 before r16
+        adapter = len(row["lora"]), row["lora"]  # r4 before r16 before none
         return (
             *split,
             row["role"] == "baseline",
@@ -71,11 +79,38 @@ def policy_names(rows: Sequence[Row]) -> dict[tuple[str, int], str]:
 
 def axes_text(axes: Mapping[str, Sequence[Any]]) -> str:
     """In what the trained policies of a comparison differ, and what that allows to conclude."""
-    listing = ", ".join(f"{axis} ({', '.join(map(str, values))})" for axis, values in axes.items())
+    listing = ", ".join(f"{axis} ({', '.join(map(str, sorted(v, key=_natural)))})" for axis, v in axes.items())
     if not listing:
         return "The trained policies differ in no axis."
     several = " A difference between two of them can be put down to one axis only where the table names one."
     return f"The trained policies differ in {listing}.{several if len(axes) > 1 else ''}"
+
+
+def without_step(names: Names, policy: tuple[str, int]) -> str:
+    """The name that the milestones of one training share."""
+    return names[policy].replace(f" step {policy[1]}", "")
+
+
+def _natural(value: Any) -> list[Any]:
+    """Sorts r4 before r16."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(value))]
+
+
+def method(comparison: Mapping[str, Any]) -> str:
+    """How the numbers were found, and which pairs were left out."""
+    pooled = POOLED if any("replicates" in row for row in comparison["rows"]) else ""
+    made, possible = len(comparison["pairs"]), comparison["possible_pairs"]
+    thinned = (
+        f" Of {possible:,} pairs on the same episodes {made:,} were compared: those with an untrained policy, and "
+        "those of trained ones that one choice separates (full fine-tuning instead of adapters is one)."
+    )
+    return METHOD + pooled + (thinned if made < possible else "")
+
+
+def size(row: Row) -> str:
+    """How many episodes a row rests on: `100 episodes`, or `100 episodes x 3 seeds`."""
+    seeds = len(replicates(row))
+    return f"{row['episodes'] // seeds} episodes{f' x {seeds} seeds' if seeds > 1 else ''}"
 
 
 def paired_rows(comparison: Mapping[str, Any]) -> list[Couple]:
@@ -131,26 +166,31 @@ def answer(rows: Sequence[Row], couples: Sequence[Couple], names: Names) -> list
     above = [_against(*item, names) for item in against if item[2]["resolvable"] and item[1] > 0]
     below = len(against) - len(unclear) - len(above)
     paired = {key(best), *(key(row) for row, _, _ in against)}
-    apart = [names[key(row)] for row in rows if key(row) not in paired]
+    unpaired = [row for row in rows if key(row) not in paired]
+    apart = [names[key(row)] for row in unpaired if row["episodes_key"] != best["episodes_key"]]
+    several = len(unpaired) - len(apart)
 
     who = "baselines" if best["role"] == "baseline" else "trained and zero-shot policies"
-    solved = f"{best['successes']} of {best['episodes']} episodes, 95% interval {interval_text(best)}%"
+    what = "rollouts" if len(replicates(best)) > 1 else "episodes"
+    solved = f"{best['successes']} of {best['episodes']} {what}, 95% interval {interval_text(best)}%"
     rate = f"{percent(best['success_rate'])}% ({solved})"
     if len(candidates) == 1:
         sentences = [f"The success rate of {names[key(best)]} is {rate}."]
     elif best["successes"]:
         sentences = [f"Of {len(candidates)} {who}, {names[key(best)]} has the highest success rate: {rate}."]
     else:
-        above = [f"Resolvably above: {_listed(above)}."] if above else []
+        above = [f"Resolvably above: {listed(above)}."] if above else []
         return [f"Of {len(candidates)} {who} none succeeded ({solved}).", *above]
     if above:
-        sentences.append(f"Resolvably above it: {_listed(above)}.")
+        sentences.append(f"Resolvably above it: {listed(above)}.")
     if unclear:
-        sentences.append(f"Not resolvable from it with {best['episodes']} episodes: {_listed(unclear)}.")
+        sentences.append(f"Not resolvable from it with {size(best)}: {listed(unclear)}.")
     if below:
-        sentences.append(f"Resolvably below it: {below} of {len(rows) - 1} others.")
+        sentences.append(f"Resolvably below it: {below} of {len(rows) - 1 - several} others.")
+    if several:
+        sentences.append(f"Not compared with it, as more than one choice separates them: {several}.")
     if apart:
-        sentences.append(f"Evaluated on other episodes and so not compared with it: {_listed(apart)}.")
+        sentences.append(f"Evaluated on other episodes and so not compared with it: {listed(apart)}.")
     return sentences
 
 
@@ -160,7 +200,8 @@ def _against(row: Row, difference: float, pair: Mapping[str, Any], names: Names)
     return f"{names[key(row)]} ({change}, {p_text(pair['p_value'], 'p')}; {what})"
 
 
-def _listed(items: Sequence[str]) -> str:
+def listed(items: Sequence[str]) -> str:
+    """The first few, and how many more."""
     more = len(items) - MENTIONED
     return ", ".join(items[:MENTIONED]) + (f", and {more} more" if more > 0 else "")
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlaexp import manifest
 from vlaexp.action_spec import ActionSpec
-from vlaexp.config import resolved
+from vlaexp.config import resolved, run_id
 from vlaexp.data_types import Policy
 from vlaexp.dataset.demonstrations import Demonstrations
 from vlaexp.dataset.normalize import NormStats
@@ -74,6 +74,7 @@ def describe(record: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": record["dataset"]["name"],
         "dataset_content": record["dataset"]["content"],
         "seed": record["seed"],
+        "recipe": run_id({key: value for key, value in config.items() if key != "seed"}, {}),
         "steps": record["step"],
         "trainable_parameters": adaptation["trainable"],
         "parameters": adaptation["total"],
