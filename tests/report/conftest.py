@@ -25,6 +25,8 @@ def make_row(rate: float = 0.5, episodes: int = 100, **changes: Any) -> Row:
         "lora": "r16",
         "freeze": "vision,projector,language",
         "dataset": "tabletop_moved_camera",
+        "dataset_content": "d1",
+        "recipe": "a1",
         "seed": 0,
         "steps": 3000,
         "trainable_parameters": 451_319,

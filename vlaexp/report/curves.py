@@ -1,6 +1,6 @@
 """Success against steps and against rank: a line per policy with whiskers, its seeds as faint dots."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from textwrap import fill
 
@@ -12,11 +12,10 @@ from matplotlib.ticker import NullLocator
 from vlaexp.report.collect import Row
 from vlaexp.report.ladders import Ladder
 from vlaexp.report.panels import PERCENT, grid, legend, line, rate, whiskers
-from vlaexp.report.pool import replicates
 from vlaexp.report.words import Names, key, without_step
 
 APART = 0.008  # of the axis: how far lines stand beside each other, so that whiskers show
-DOUBLINGS = 1.5  # steps that grow by at least this factor each stand on a logarithmic axis
+GROWTH = 1.5  # steps that grow by at least this factor each stand on a logarithmic axis
 
 
 def steps(splits: Mapping[str, Sequence[Row]], names: Names) -> Figure:
@@ -25,7 +24,7 @@ def steps(splits: Mapping[str, Sequence[Row]], names: Names) -> Figure:
     order = list(dict.fromkeys(without_step(names, policy) for policy in names if policy in trained))
     counts = sorted({row["steps"] for rows in splits.values() for row in rows if key(row) in trained})
     span = max(row["steps"] for rows in splits.values() for row in rows)
-    growing = len(counts) > 3 and counts[0] > 0 and all(b >= DOUBLINGS * a for a, b in pairwise(counts))
+    growing = len(counts) > 3 and counts[0] > 0 and all(b >= GROWTH * a for a, b in pairwise(counts))
     figure, axes = grid(len(splits), 3.2 if growing else 2.6)
     for axis, (split, rows) in zip(axes, splits.items(), strict=True):
         axis.set(title=split, xlabel="steps", ylabel="success, %", ylim=PERCENT)
@@ -35,12 +34,10 @@ def steps(splits: Mapping[str, Sequence[Row]], names: Names) -> Figure:
             axis.xaxis.set_minor_locator(NullLocator())
         lines = {name: [row for row in rows if without_step(names, key(row)) == name] for name in order}
         for index, (name, found) in enumerate(lines.items()):
+            found.sort(key=lambda row: row["steps"])
             aside = APART * (index - (len(order) - 1) / 2)
-
-            def place(row: Row, aside: float = aside) -> float:
-                return row["steps"] * (counts[-1] / counts[0]) ** aside if growing else row["steps"] + aside * span
-
-            _draw(axis, sorted(found, key=lambda row: row["steps"]), place, index, name)
+            factor, shift = ((counts[-1] / counts[0]) ** aside, 0.0) if growing else (1.0, aside * span)
+            _draw(axis, found, [factor * row["steps"] + shift for row in found], index, name)
     legend(figure, [Line2D([], [], marker="o", ms=3.5, **line(i, name)) for i, name in enumerate(order)])
     return figure
 
@@ -57,19 +54,15 @@ def ranks(rungs: Mapping[str, Sequence[Ladder]]) -> Figure:
         axis.set_xticks(range(len(settings)), [fill(setting.removeprefix("LoRA "), 12) for setting in settings])
         for index, count in enumerate(order):
             aside = APART * len(settings) * (index - (len(order) - 1) / 2)
-            found = [ladder.cells[setting][count] for setting in settings if count in ladder.cells[setting]]
-            places = [place for place, setting in enumerate(settings) if count in ladder.cells[setting]]
-            where = {key(row): place + aside for row, place in zip(found, places, strict=True)}
-            _draw(axis, found, lambda row, where=where: where[key(row)], index, f"{count:,} steps")
+            found = {place: cells[count] for place, cells in enumerate(ladder.cells.values()) if count in cells}
+            _draw(axis, [*found.values()], [place + aside for place in found], index, f"{count:,} steps")
     legend(figure, [Line2D([], [], marker="o", ms=3.5, **line(i, f"{count:,} steps")) for i, count in enumerate(order)])
     return figure
 
 
-def _draw(axis: Axes, rows: Sequence[Row], place: Callable[[Row], float], index: int, name: str) -> None:
-    look, x, rates = line(index, name), [place(row) for row in rows], [rate(row) for row in rows]
-    y = [middle for _, middle, _ in rates]
-    axis.errorbar(x, y, whiskers(rates), marker="o", ms=3.5, elinewidth=0.8, **look)
-    seeds = [
-        (place(row), 100 * seed["success_rate"]) for row in rows if "replicates" in row for seed in replicates(row)
-    ]
-    axis.plot(*zip(*seeds, strict=True) if seeds else ([], []), "o", ms=3.5, mew=0, alpha=0.4, color=look["color"])
+def _draw(axis: Axes, rows: Sequence[Row], x: Sequence[float], index: int, name: str) -> None:
+    look, rates = line(index, name), [rate(row) for row in rows]
+    axis.errorbar(x, [middle for _, middle, _ in rates], whiskers(rates), marker="o", ms=3.5, elinewidth=0.8, **look)
+    for place, row in zip(x, rows, strict=True):
+        seeds = [100 * seed["success_rate"] for seed in row.get("replicates", [])]
+        axis.plot([place] * len(seeds), seeds, "o", ms=3.5, mew=0, alpha=0.4, color=look["color"])

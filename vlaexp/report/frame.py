@@ -38,7 +38,8 @@ def frame(
             | {"folder": row["folder"]}
             for pooled in comparison["rows"]
             for row in replicates(pooled)
-        ])
+        ]
+    )
 
 
 def write_frame(table: pd.DataFrame, folder: Path) -> Path:

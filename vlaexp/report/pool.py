@@ -13,11 +13,8 @@ from vlaexp.eval.replicates import pooled_difference, pooled_interval
 from vlaexp.eval.statistics import PairedDifference
 from vlaexp.report.collect import Row
 
-# What every seed of one policy shares; `recipe` is the training's configuration but for the seed, where it is known.
-SHARED = (
-    "role base base_fingerprint head decoder action_space lora freeze dataset dataset_content recipe "
-    "trainable_parameters"
-).split()
+# What every seed of one policy shares; `recipe` is a hash of the training's configuration without the seed.
+SHARED = "recipe base head decoder action_space lora freeze dataset dataset_content trainable_parameters".split()
 MEANS = ("smoothness", "seam_jump_mm", "latency", "latency_p95", "mean_steps", "unreachable_per_episode")
 
 
@@ -25,14 +22,16 @@ def pool(rows: Sequence[Row]) -> list[Row]:
     """Rows with the seeds of one policy, milestone and split made one; those of a single seed as they are.
 
     Not pooled are a policy's rows of a milestone and split where two have the same seed (they differ in something that
-    no field tells) or where they saw different episodes.
+    no field tells) or where they saw different episodes. Rows without a `recipe` were not trained here, or by a version
+    that did not say how.
     """
     policies: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        policies.setdefault(tuple(str(row.get(field)) for field in SHARED), []).append(row)
-    pooled: list[Row] = []
+        if "recipe" in row:
+            policies.setdefault(tuple(row[field] for field in SHARED), []).append(row)
+    pooled = [row for row in rows if "recipe" not in row]
     for group in policies.values():
-        if len({row["seed"] for row in group}) == 1 or group[0]["role"] != "trained":
+        if len({row["seed"] for row in group}) == 1:
             pooled += group
             continue
         name = "+".join(sorted({row["run"] for row in group}))

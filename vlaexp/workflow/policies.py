@@ -74,7 +74,8 @@ def describe(record: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": record["dataset"]["name"],
         "dataset_content": record["dataset"]["content"],
         "seed": record["seed"],
-        "recipe": run_id({key: value for key, value in config.items() if key != "seed"}, {}),
+        # fresh weights differ from seed to seed, so that their fingerprint cannot say that the base is the same
+        "recipe": run_id(config | {"seed": None}, {"weights": str(record["base"]["weights"])}),
         "steps": record["step"],
         "trainable_parameters": adaptation["trainable"],
         "parameters": adaptation["total"],
