@@ -105,5 +105,8 @@ def test_written_is_read_again(make_row, tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match=r"is damaged .* run `vlaexp compare` again"):
         read(path)
+    path.write_text('{"rows": []}')
+    with pytest.raises(UserError, match="was written by an earlier version; run `vlaexp compare` again"):
+        read(path)
     with pytest.raises(UserError, match="does not exist; make it with `vlaexp compare runs="):
         read(tmp_path / "nothing")

@@ -106,6 +106,28 @@ def test_without_a_common_plateau_nothing_is_compared(make_grid):
     assert "No two adaptations have reached their plateau at a common step count, so none are compared." in text(rows)
 
 
+def test_trainings_of_one_step_count_each_are_told_apart_by_no_steps(make_grid):
+    told = text(make_grid(rising, ("r4",), (100,)) + make_grid(rising, ("r8",), (200,)))
+    assert (
+        "for LoRA r4, trained for 100 steps only; for LoRA r8, trained for 200 steps only. That took 0 compari" in told
+    )
+
+
+def test_one_name_for_unlike_adaptations_makes_no_ladder(make_grid):
+    rows = make_grid(rising, ("r4", "r8"))
+    assert ladders_of([row | {"freeze": "all"} if row["steps"] == 800 else row for row in rows]) == []
+
+
+def test_separate_trainings_are_one_line(make_grid):
+    """A schedule that depends on the total makes a training of its own of each step count."""
+    rows = make_grid(rising, ("r4", "r8"))
+    rows = [row | {"run": f"{row['run']}-{row['steps']}", "recipe": f"cosine {row['steps']}"} for row in rows]
+    (ladder,) = ladders_of(rows)
+    assert [ladder.plateau(setting) for setting in ladder.cells] == [400, 400]
+    names = words.policy_names(compare(rows, ["lora", "steps"], "")["rows"])
+    assert set(words.run_names(names).values()) == {"flow LoRA r4", "flow LoRA r8"}
+
+
 def test_the_table_holds_every_cell(make_grid):
     rows = [row for row in make_grid(rising, ("r4", "full")) if (row["lora"], row["steps"]) != ("r4", 1600)]
     (ladder,) = ladders_of(rows)

@@ -34,8 +34,9 @@ class PairedDifference:
     """Success of A minus success of B on the same seeds.
 
     Attributes:
-        difference, ci_low, ci_high: in success rate; Newcombe's score interval for paired rates (1998, method 10).
-        p_value: exact McNemar test.
+        difference, ci_low, ci_high: in success rate; Newcombe's score interval for paired rates (1998, method 10), or
+            where seeds are pooled that of `vlaexp.eval.replicates`.
+        p_value: exact McNemar test, or where seeds are pooled Student's.
         only_a, only_b: episodes that one alone solved.
         detectable: true difference that these episodes would resolve with probability `POWER`, given how often the two
             disagree (Bloom 1995, minimum detectable effect: both quantiles times the standard error).

@@ -140,8 +140,11 @@ def read(folder: Path) -> dict[str, Any]:
     """Read `comparison.json` of a folder."""
     path = folder / FILE if folder.is_dir() else folder
     try:
-        return json.loads(path.read_text())
+        comparison = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; make it with `vlaexp compare runs=[...] output={folder}`") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged ({error}); run `vlaexp compare` again") from error
+    if "possible_pairs" not in comparison:
+        raise UserError(f"{path} was written by an earlier version; run `vlaexp compare` again")
+    return comparison

@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 from vlaexp.report.collect import Row
 from vlaexp.report.ladders import Ladder
 from vlaexp.report.panels import PERCENT, grid, legend, line, rate, whiskers
-from vlaexp.report.words import Names, key, without_step
+from vlaexp.report.words import Names, run_names
 
 APART = 0.008  # of the axis: how far lines stand beside each other, so that whiskers show
 GROWTH = 1.5  # steps that grow by at least this factor each stand on a logarithmic axis
@@ -20,21 +20,22 @@ GROWTH = 1.5  # steps that grow by at least this factor each stand on a logarith
 
 def steps(splits: Mapping[str, Sequence[Row]], names: Names) -> Figure:
     """A panel per split, a line per trained policy through its milestones."""
-    trained = {key(row) for rows in splits.values() for row in rows if row["role"] == "trained"}
-    order = list(dict.fromkeys(without_step(names, policy) for policy in names if policy in trained))
-    counts = sorted({row["steps"] for rows in splits.values() for row in rows if key(row) in trained})
+    trained = {split: [row for row in rows if row["role"] == "trained"] for split, rows in splits.items()}
+    runs = {row["run"] for rows in trained.values() for row in rows}
+    label = {run: name for run, name in run_names(names).items() if run in runs}
+    order = list(dict.fromkeys(label.values()))
+    counts = sorted({row["steps"] for rows in trained.values() for row in rows})
     span = max(row["steps"] for rows in splits.values() for row in rows)
     growing = len(counts) > 3 and counts[0] > 0 and all(b >= GROWTH * a for a, b in pairwise(counts))
     figure, axes = grid(len(splits), 3.2 if growing else 2.6)
-    for axis, (split, rows) in zip(axes, splits.items(), strict=True):
+    for axis, (split, rows) in zip(axes, trained.items(), strict=True):
         axis.set(title=split, xlabel="steps", ylabel="success, %", ylim=PERCENT)
         if growing:
             axis.set_xscale("log")
             axis.set_xticks(counts, [f"{count:,}" for count in counts])
             axis.xaxis.set_minor_locator(NullLocator())
-        lines = {name: [row for row in rows if without_step(names, key(row)) == name] for name in order}
-        for index, (name, found) in enumerate(lines.items()):
-            found.sort(key=lambda row: row["steps"])
+        for index, name in enumerate(order):
+            found = sorted((row for row in rows if label[row["run"]] == name), key=lambda row: row["steps"])
             aside = APART * (index - (len(order) - 1) / 2)
             factor, shift = ((counts[-1] / counts[0]) ** aside, 0.0) if growing else (1.0, aside * span)
             _draw(axis, found, [factor * row["steps"] + shift for row in found], index, name)

@@ -32,7 +32,7 @@ from vlaexp.report.panels import (
     save,
 )
 from vlaexp.report.pool import replicates
-from vlaexp.report.words import Names, key, latest, ordered, without_step
+from vlaexp.report.words import Names, key, latest, ordered, run_names
 
 Journal = Sequence[tuple[int, Mapping[str, float]]]
 Splits = Mapping[str, Sequence[Row]]
@@ -72,9 +72,9 @@ def draw(
             pictures.append(save("ranks", "Success against rank", caption, curves.ranks(rungs)))
         if metrics:
             caption = "From the journals of the runs. Losses of different decoders have different scales."
-            pictures.append(
-                save("training", "Training", caption, _training(journals, metrics, _run_names(rows, names)))
-            )
+            labels = run_names(names)
+            runs = {seed["run"]: labels[row["run"]] for row in rows for seed in replicates(row)}
+            pictures.append(save("training", "Training", caption, _training(journals, metrics, runs)))
         caption = (
             "Mean squared jerk of the tool, lower is smoother. A policy that hardly moves is smooth too: read it "
             f"beside success.{once}"
@@ -153,9 +153,3 @@ def _families(splits: Splits, names: Names) -> Figure:
     name_policies(axes[0], order, names)
     legend(figure, [Line2D([], [], **look) for look in looks])
     return figure
-
-
-def _run_names(rows: Sequence[Row], names: Names) -> dict[str, str]:
-    """Names of runs, those of their policies without the step; in the order of the policies."""
-    policies = {key(row): row for row in rows}
-    return {run["run"]: without_step(names, policy) for policy in names for run in replicates(policies[policy])}

@@ -74,7 +74,7 @@ class Ladder:
 def ladders(rows: Sequence[Row], couples: Sequence[Couple]) -> list[Ladder]:
     """Ladders of one split: families with two step counts or more, and two adaptations or three step counts.
 
-    Families with two policies in one place, or that saw different episodes, make none.
+    Families with two policies in one place, with unlike ones under one name, or that saw different episodes make none.
 
     Args:
         rows: of one split.
@@ -95,8 +95,10 @@ def ladders(rows: Sequence[Row], couples: Sequence[Couple]) -> list[Ladder]:
         for row in members:
             cells.setdefault(adaptation(row), {})[row["steps"]] = row
         counts = len({row["steps"] for row in members})
-        alone = sum(map(len, cells.values())) == len(members) and len({row["episodes_key"] for row in members}) == 1
-        if alone and counts > 1 and (len(cells) > 1 or counts > 2):
+        alone = sum(map(len, cells.values())) == len(members)
+        alike = len({(row["lora"], row["freeze"]) for row in members}) == len(cells)
+        paired = len({row["episodes_key"] for row in members}) == 1
+        if alone and alike and paired and counts > 1 and (len(cells) > 1 or counts > 2):
             found[family] = cells
     told = [field for field, values in zip(FAMILY, zip(*found, strict=True), strict=False) if len(set(values)) > 1]
     return [
@@ -131,14 +133,19 @@ def conclusions(ladder: Ladder) -> list[str]:
         for steps, row in cells.items()
         if steps != ladder.best(setting)
     ]
-    size = words.size(next(iter(next(iter(ladder.cells.values())).values())))
+    size = words.size(min((row for cells in ladder.cells.values() for row in cells.values()), key=_rollouts))
+    power = f"; {size} would resolve a gain of {_detectable(within)}" if within else ""
     sentences = [
         f"{lead}No further gain from more steps can be resolved {starts}. That took {len(within)} comparisons, of each "
-        f"one's best step count with its others; {size} would resolve a gain of {_detectable(within)}."
+        f"one's best step count with its others{power}."
     ]
     if len(ladder.cells) > 1:
         sentences.append(lead + _peers_text(ladder, size))
     return sentences
+
+
+def _rollouts(row: Row) -> int:
+    return row["episodes"]
 
 
 def _plateau_text(ladder: Ladder, setting: str) -> str:

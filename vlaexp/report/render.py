@@ -18,6 +18,7 @@ from vlaexp.report.collect import Row
 from vlaexp.report.figures import Journal
 from vlaexp.report.frame import FRAME
 from vlaexp.report.ladders import Ladder, cell_table, conclusions, ladders
+from vlaexp.report.method import axes_text, method
 from vlaexp.report.pool import replicates
 from vlaexp.report.words import Couple, Names, key
 
@@ -108,8 +109,8 @@ def _content(comparison: Mapping[str, Any], journals: Mapping[str, Journal]) -> 
     columns = (*POLICY_COLUMNS, SEED_COLUMN) if any("replicates" in row for row in rows) else POLICY_COLUMNS
     return {
         "question": comparison["question"],
-        "axes": words.axes_text(comparison["axes"]),
-        "method": words.method(comparison),
+        "axes": axes_text(comparison["axes"]),
+        "method": method(comparison),
         "splits": [_split(found, couples, names, columns, rungs[split]) for split, found in splits.items()],
         "grids": {split: [cell_table(ladder) for ladder in found] for split, found in rungs.items() if found},
         "policy_columns": columns,

@@ -1,6 +1,5 @@
 """A report in words: names of policies, the pairs that matter, and an answer that claims no more than the data do."""
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,17 +9,6 @@ from vlaexp.report.pool import replicates
 
 KINDS = ("trained", "from scratch", "zero-shot", "baseline")
 MENTIONED = 5  # policies named in one sentence; the tables name all
-METHOD = (
-    "Rates carry 95% Wilson intervals. Policies are compared on the same episodes: difference in percentage points "
-    "with a 95% Newcombe interval, exact McNemar p. A difference is called resolvable where its interval excludes "
-    "zero. Nothing is corrected for the number of comparisons, so the best of many policies looks better than it is."
-)
-POOLED = (
-    " The seeds of a policy are pooled: intervals, differences and p then carry the variance over episodes and over "
-    "seeds (mean squares of the crossed layout, Student's t; vlaexp/eval/replicates.py), seeds paired where both have "
-    "them. The part of the seeds rests on their number less one: with three the intervals are wide because little is "
-    "known about it, and three seeds that happen to agree hide it."
-)
 Names = Mapping[tuple[str, int], str]
 Couple = tuple[Row, Row, dict[str, Any]]
 
@@ -77,40 +65,15 @@ def policy_names(rows: Sequence[Row]) -> dict[tuple[str, int], str]:
     return {policy: names[policy] for policy in policies}
 
 
-def axes_text(axes: Mapping[str, Sequence[Any]]) -> str:
-    """In what the trained policies of a comparison differ, and what that allows to conclude."""
-    listing = ", ".join(f"{axis} ({', '.join(map(str, sorted(v, key=_natural)))})" for axis, v in axes.items())
-    if not listing:
-        return "The trained policies differ in no axis."
-    several = " A difference between two of them can be put down to one axis only where the table names one."
-    return f"The trained policies differ in {listing}.{several if len(axes) > 1 else ''}"
-
-
-def without_step(names: Names, policy: tuple[str, int]) -> str:
-    """The name that the milestones of one training share."""
-    return names[policy].replace(f" step {policy[1]}", "")
-
-
-def _natural(value: Any) -> list[Any]:
-    """Sorts r4 before r16."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(value))]
-
-
-def method(comparison: Mapping[str, Any]) -> str:
-    """How the numbers were found, and which pairs were left out."""
-    pooled = POOLED if any("replicates" in row for row in comparison["rows"]) else ""
-    made, possible = len(comparison["pairs"]), comparison["possible_pairs"]
-    thinned = (
-        f" Of {possible:,} pairs on the same episodes {made:,} were compared: those with an untrained policy, and "
-        "those of trained ones that one choice separates (full fine-tuning instead of adapters is one)."
-    )
-    return METHOD + pooled + (thinned if made < possible else "")
-
-
 def size(row: Row) -> str:
     """How many episodes a row rests on: `100 episodes`, or `100 episodes x 3 seeds`."""
     seeds = len(replicates(row))
     return f"{row['episodes'] // seeds} episodes{f' x {seeds} seeds' if seeds > 1 else ''}"
+
+
+def run_names(names: Names) -> dict[str, str]:
+    """Names of runs: those of their last policies without the step. Runs of one name are one line in pictures."""
+    return {run: name.replace(f" step {steps}", "") for (run, steps), name in names.items()}
 
 
 def paired_rows(comparison: Mapping[str, Any]) -> list[Couple]:
