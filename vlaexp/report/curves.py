@@ -12,6 +12,7 @@ from matplotlib.ticker import NullLocator
 from vlaexp.report.collect import Row
 from vlaexp.report.ladders import Ladder
 from vlaexp.report.panels import PERCENT, grid, legend, line, rate, whiskers
+from vlaexp.report.pool import replicates
 from vlaexp.report.words import Names, run_names
 
 APART = 0.008  # of the axis: how far lines stand beside each other, so that whiskers show
@@ -65,5 +66,6 @@ def _draw(axis: Axes, rows: Sequence[Row], x: Sequence[float], index: int, name:
     look, rates = line(index, name), [rate(row) for row in rows]
     axis.errorbar(x, [middle for _, middle, _ in rates], whiskers(rates), marker="o", ms=3.5, elinewidth=0.8, **look)
     for place, row in zip(x, rows, strict=True):
-        seeds = [100 * seed["success_rate"] for seed in row.get("replicates", [])]
-        axis.plot([place] * len(seeds), seeds, "o", ms=3.5, mew=0, alpha=0.4, color=look["color"])
+        if "replicates" in row:
+            seeds = [100 * seed["success_rate"] for seed in replicates(row)]
+            axis.plot([place] * len(seeds), seeds, "o", ms=3.5, mew=0, alpha=0.4, color=look["color"])

@@ -57,7 +57,8 @@ def draw(
     last = {split: latest(found) for split, found in splits.items()}
     several = any(len(last[split]) < len(splits[split]) for split in splits)
     once = " Of each run its last milestone." if several else ""
-    dots_of_seeds = " Faint dots are single seeds." if any("replicates" in row for row in rows) else ""
+    pooled = any("replicates" in row for row in rows)
+    dots_of_seeds = " Faint dots are single seeds." if pooled else ""
     metrics = [metric for metric in CURVES if any(metric in row for rows in journals.values() for _, row in rows)]
     with matplotlib.rc_context(STYLE):
         pictures = [save("success", "Success", f"Success rate with 95% interval.{once}", _success(last, names))]
@@ -72,6 +73,7 @@ def draw(
             pictures.append(save("ranks", "Success against rank", caption, curves.ranks(rungs)))
         if metrics:
             caption = "From the journals of the runs. Losses of different decoders have different scales."
+            caption += " Each seed has a line." if pooled else ""
             labels = run_names(names)
             runs = {seed["run"]: labels[row["run"]] for row in rows for seed in replicates(row)}
             pictures.append(save("training", "Training", caption, _training(journals, metrics, runs)))

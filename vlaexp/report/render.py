@@ -20,37 +20,11 @@ from vlaexp.report.frame import FRAME
 from vlaexp.report.ladders import Ladder, cell_table, conclusions, ladders
 from vlaexp.report.method import axes_text, method
 from vlaexp.report.pool import replicates
+from vlaexp.report.tables import PAIR_COLUMNS, Columns, pair_table, policy_cells, policy_columns
 from vlaexp.report.words import Couple, Names, key
 
 PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
 COLLAPSE = 30  # rows of paired differences that are shown unfolded
-POLICY_COLUMNS = (  # heading, is a number
-    ("policy", False),
-    ("role", False),
-    ("base", False),
-    ("action space", False),
-    ("LoRA", False),
-    ("steps", True),
-    ("successes", True),
-    ("rate, %", True),
-    ("95% interval", True),
-    ("jerk, m²/s⁶", True),
-    ("seam jump, mm", True),
-    ("latency, ms (p95)", True),
-    ("trainable", True),
-)
-SEED_COLUMN = "by seed, %", False  # the last, where seeds are pooled
-PAIR_COLUMNS = (
-    ("A", False),
-    ("B", False),
-    ("differ in", False),
-    ("A − B, points", True),
-    ("95% interval", True),
-    ("p", True),
-    ("resolvable", False),
-)
-
-Columns = Sequence[tuple[str, bool]]
 
 
 def render(
@@ -105,8 +79,8 @@ def _content(comparison: Mapping[str, Any], journals: Mapping[str, Journal]) -> 
     for row in rows:
         splits.setdefault(row["split"], []).append(row)
     rungs = {split: ladders(found, couples) for split, found in splits.items()}
-    tables = {split: _pair_table([c for c in couples if c[0]["split"] == split], names) for split in splits}
-    columns = (*POLICY_COLUMNS, SEED_COLUMN) if any("replicates" in row for row in rows) else POLICY_COLUMNS
+    tables = {split: pair_table([c for c in couples if c[0]["split"] == split], names) for split in splits}
+    columns = policy_columns(rows)
     return {
         "question": comparison["question"],
         "axes": axes_text(comparison["axes"]),
@@ -136,47 +110,8 @@ def _split(
         "question": rows[0]["question"],
         "answer": words.answer(rows, couples, names),
         "conclusions": [sentence for ladder in rungs for sentence in conclusions(ladder)],
-        "rows": [(words.kind(row), _policy_row(row, names)[: len(columns)]) for row in rows],
+        "rows": [(words.kind(row), policy_cells(row, names, columns)) for row in rows],
     }
-
-
-def _policy_row(row: Row, names: Names) -> list[str]:
-    seeds = [f"{seed['seed']}: {words.percent(seed['success_rate'])}" for seed in row.get("replicates", [])]
-    return [
-        names[key(row)],
-        row["role"],
-        row["base"],
-        row["action_space"],
-        row["lora"],
-        f"{row['steps']:,}",
-        f"{row['successes']}/{row['episodes']}",
-        words.percent(row["success_rate"]),
-        words.interval_text(row),
-        f"{row['smoothness']:.3g}",
-        f"{row['seam_jump_mm']:.2f}",
-        f"{row['latency']:.1f} ({row['latency_p95']:.1f})",
-        f"{row['trainable_parameters']:,}",
-        ", ".join(seeds),
-    ]
-
-
-def _pair_table(couples: Sequence[Couple], names: Names) -> list[list[str]]:
-    """Cells of the pairs that matter, the largest difference first."""
-    last = {key(row) for row in words.latest([row for a, b, _ in couples for row in (a, b)])}
-    shown = [couple for couple in couples if words.relevant(couple[0], couple[1], last)]
-    shown.sort(key=lambda couple: -abs(couple[2]["difference"]))
-    return [
-        [
-            names[key(a)],
-            names[key(b)],
-            words.differs_in(pair),
-            words.points(pair["difference"]),
-            f"{words.points(pair['ci_low'])} to {words.points(pair['ci_high'])}",
-            words.p_text(pair["p_value"]),
-            "yes" if pair["resolvable"] else f"not with {words.size(a)}",
-        ]
-        for a, b, pair in shown
-    ]
 
 
 def _film(film: films.Film, names: Names) -> dict[str, Any]:
