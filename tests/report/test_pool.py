@@ -37,7 +37,9 @@ def test_the_order_of_seeds_does_not_matter(make_row):
         assert [one[field] for field in fields] == pytest.approx([other[field] for field in fields])
 
 
-@pytest.mark.parametrize("change", [{"lora": "r4"}, {"dataset": "other"}, {"recipe": "another learning rate"}])
+@pytest.mark.parametrize(
+    "change", [{"lora": "r4"}, {"role": "zero-shot"}, {"dataset": "other"}, {"recipe": "another learning rate"}]
+)
 def test_what_differs_in_more_than_the_seed_is_not_pooled(make_row, change):
     rows = [make_row(run="a", seed=0), make_row(run="b", seed=1) | change]
     assert pool(rows) == rows

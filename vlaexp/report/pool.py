@@ -14,7 +14,7 @@ from vlaexp.eval.statistics import PairedDifference
 from vlaexp.report.collect import Row
 
 # What every seed of one policy shares; `recipe` is a hash of the training's configuration without the seed.
-SHARED = "recipe base head decoder action_space lora freeze dataset dataset_content trainable_parameters".split()
+SHARED = "role recipe base head decoder action_space lora freeze dataset dataset_content trainable_parameters".split()
 MEANS = ("smoothness", "seam_jump_mm", "latency", "latency_p95", "mean_steps", "unreachable_per_episode")
 
 
