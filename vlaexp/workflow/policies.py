@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlaexp import manifest
 from vlaexp.action_spec import ActionSpec
-from vlaexp.config import resolved
+from vlaexp.config import resolved, run_id
 from vlaexp.data_types import Policy
 from vlaexp.dataset.demonstrations import Demonstrations
 from vlaexp.dataset.normalize import NormStats
@@ -76,6 +76,8 @@ def describe(record: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": record["dataset"]["name"],
         "dataset_content": record["dataset"]["content"],
         "seed": record["seed"],
+        # fresh weights differ from seed to seed, so that their fingerprint cannot say that the base is the same
+        "recipe": run_id(config | {"seed": None}, {"weights": str(record["base"]["weights"])}),
         "steps": record["step"],
         "trainable_parameters": adaptation["trainable"],
         "parameters": adaptation["total"],

@@ -69,8 +69,8 @@ def _eval(cfg: DictConfig) -> None:
 def _compare(cfg: DictConfig) -> None:
     from vlaexp.workflow.compare import compare_verb
 
-    path, comparison = compare_verb(cfg)
-    _end(cfg, comparison["rows"], rows_table(comparison["rows"]), [path])
+    files, comparison = compare_verb(cfg)
+    _end(cfg, comparison["rows"], rows_table(comparison["rows"]), files)
 
 
 def _end(cfg: DictConfig, data: Any, text: str, made: Iterable[Path]) -> None:
