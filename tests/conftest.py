@@ -15,6 +15,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 from jaxtyping import install_import_hook
 from slurm_cluster import SlurmCluster, missing_programs
+from tracking_servers import MlflowServer, PostgresServer, postgres_programs
 
 CHECKED = [f"vlaexp.{name}" for name in ("data_types", "dataset", "env.tabletop.kinematics", "head", "model")]
 _hook = install_import_hook(CHECKED, "beartype.beartype")
@@ -82,6 +83,32 @@ def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("SLURM_CONF", slurm_cluster.env["SLURM_CONF"])
     yield slurm_cluster
     slurm_cluster.reset()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A real `mlflow server` on SQLite."""
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow_server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A real PostgreSQL; skips where it is missing."""
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL here; run `make setup-slurm`")
+    pytest.importorskip("psycopg", reason="psycopg is missing; install vlaexp[postgres]")
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest's own folders are closed to the user postgres
+    server = PostgresServer(folder, programs)
+    try:
+        server.start()
+        yield server
+        server.stop()
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture

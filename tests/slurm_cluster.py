@@ -158,8 +158,11 @@ class SlurmCluster:
         wait_for(reached, timeout_s, lambda: f"job {job} does not become {state}: {self.states(job)}")
 
     def release(self, job: str) -> None:
-        """Let a requeued job start at once; SLURM holds it back for 120 s."""
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        """Let a requeued job start in 2 s; SLURM holds it back for 120 s.
+
+        Not at once: a start in the second of the kill fails ("Job credential revoked").
+        """
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
 
     def requeue(self, job: str) -> None:
         """Kill a running job and put it back into the queue, ready to start again."""

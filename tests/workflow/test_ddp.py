@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vlaexp.trainer.tracking import read_journal
+from vlaexp.trainer.journal import read_journal
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from vlaexp import cli
 from vlaexp.config import compose
 from vlaexp.errors import UserError
-from vlaexp.trainer.tracking import read_journal
+from vlaexp.trainer.journal import read_journal
 from vlaexp.workflow.compare import compare_verb, report_verb
 from vlaexp.workflow.train import train
 

@@ -11,7 +11,7 @@ from vlaexp.report.collect import Row, collect_folders, collect_mlflow
 from vlaexp.report.compare import compare, read, write
 from vlaexp.report.render import render
 from vlaexp.report.words import latest
-from vlaexp.trainer.tracking import read_journal
+from vlaexp.trainer.journal import read_journal
 
 
 def compare_verb(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:

@@ -23,8 +23,8 @@ from vlaexp.env.tabletop.env import EE_DELTA_SPEC
 from vlaexp.errors import UserError
 from vlaexp.eval.baselines import ConstantPolicy, ExpertPolicy, NearestNeighbourPolicy, RandomPolicy, ReplayPolicy
 from vlaexp.trainer.build import build_head, build_model, head_name, pretrained_decoder
+from vlaexp.trainer.journal import JOURNAL
 from vlaexp.trainer.policy_folder import load_policy
-from vlaexp.trainer.tracking import JOURNAL
 from vlaexp.workflow.data import load_demonstrations
 
 DECODERS = {
