@@ -110,22 +110,23 @@ def test_a_run_that_never_reached_a_tracker_gets_its_run(
     assert_whole(store, run, expected)
 
 
+def everything(uri: str, folder: Path) -> tuple[Any, ...]:
+    run = json.dumps(only_run(uri).to_dictionary())  # as text, in which NaN equals itself
+    return run, (folder / "tracker.json").read_text(), (folder / "metrics.jsonl").stat()
+
+
 @pytest.mark.slow
 def test_syncing_twice_changes_nothing(store: str, tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "run"
     away(run)
     sync_into(store, run)
-    before = only_run(store).to_dictionary(), (run / "tracker.json").read_text(), (run / "metrics.jsonl").stat()
+    before = everything(store, run)
     assert sync_into(store, run) == []
     (named,) = sync(
         compose("tracker", ["action=sync", f"runs=[{run}]"])
     )  # its tracker is now the one it was brought to
     assert named["result"] == "brought"
-    assert (
-        only_run(store).to_dictionary(),
-        (run / "tracker.json").read_text(),
-        (run / "metrics.jsonl").stat(),
-    ) == before
+    assert everything(store, run) == before
     assert_whole(store, run, "FINISHED")
 
 
@@ -190,7 +191,7 @@ class DeafClient(MortalClient):
 
 @pytest.mark.slow
 def test_an_answer_that_is_lost_doubles_nothing(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for lives in range(1, 12):
+    for lives in range(1, 9):
         run = tmp_path / f"run{lives}"
         client = DeafClient(mlflow_client(store), lives, obeyed=True)
         with monkeypatch.context() as patch:
@@ -201,7 +202,7 @@ def test_an_answer_that_is_lost_doubles_nothing(store: str, tmp_path: Path, monk
         assert held(store, read_state(run)["mlflow_run_id"]) == journal(run)
     runs = mlflow_client(store).search_runs(["1"])
     assert sorted(item.info.run_id for item in runs) == sorted(
-        read_state(tmp_path / f"run{n}")["mlflow_run_id"] for n in range(1, 12)
+        read_state(tmp_path / f"run{n}")["mlflow_run_id"] for n in range(1, 9)
     )
 
 
