@@ -99,7 +99,7 @@ class MlflowTracker(Tracker):
             tags = {**tags, LOG_ID: state["log_id"]}
             began = int(1000 * state["began"])
             found = [self._client.create_run(experiment_id, began, tags=tags, run_name=run_name)]
-        (run,) = found
+        run = found[0]
         self._run_id = state["mlflow_run_id"] = run.info.run_id
         self._add_missing(run.data, params, tags)
 

@@ -36,11 +36,11 @@ def evaluate_verb(cfg: DictConfig) -> EvalResult:
         raise UserError("eval=none evaluates nothing; choose eval=nominal, eval=panel, ...")
     named: NamedPolicy = instantiate(cfg.policy)(cfg)
     result = run_panel(named, panel, cfg)
-    _log_apart(named, result, cfg)
+    log_apart(named, result, cfg)
     return result
 
 
-def _log_apart(named: NamedPolicy, result: EvalResult, cfg: DictConfig) -> None:
+def log_apart(named: NamedPolicy, result: EvalResult, cfg: DictConfig) -> None:
     """Log an evaluation into the run that made the policy, which keeps its state; a running one is not disturbed."""
     tracker, folder = instantiate(cfg.tracker), named.log_folder
     if (folder / TRACKER_STATE).exists():
