@@ -224,6 +224,20 @@ def test_a_run_goes_on_after_it_was_brought_in(store: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_a_parent_goes_on_without_its_process(store: str, tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "study"
+    RunLog(run, MlflowTracker(NOWHERE, "vlaexp", timeout_s=1), "a_study", {}, {}).open()
+    (row,) = sync_into(store, run)
+    assert (row["result"], row["status"]) == ("brought", "open")
+    assert only_run(store).info.status == "RUNNING"
+    assert sync_into(store, run) == []
+    log = RunLog(run, MlflowTracker(store, "vlaexp"), "a_study", {}, {})
+    assert log.open()["mlflow_run_id"] == only_run(store).info.run_id
+    log.finish("finished")
+    assert only_run(store).info.status == "FINISHED"
+
+
+@pytest.mark.slow
 def test_a_cold_store_survives_four_first_visitors(tmp_path: Path) -> None:
     """MLflow alone crashes in most of them."""
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
@@ -260,8 +274,8 @@ def test_an_experiment_is_made_once(store: str) -> None:
         def create_experiment(self, name: str, artifact_location: str) -> Any:
             return self.client.create_experiment(name, artifact_location=artifact_location)
 
-    first = ensure_experiment(mlflow_client(store), store, "mine")
-    assert ensure_experiment(Late(), store, "mine") == first
+    first = ensure_experiment(mlflow_client(store), "mine", None)
+    assert ensure_experiment(Late(), "mine", None) == first
 
 
 def csv_run(outputs: Path, name: str) -> Path:
@@ -371,5 +385,7 @@ def test_actions_of_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "vlaexp tracker: unknown action 'snyc'; available: sync; nearest: sync\n"
     assert cli.main(["tracker"]) == 1
     assert "action must be given" in capsys.readouterr().err
+    assert cli.main(["tracker", "action=push"]) == 1
+    assert capsys.readouterr().err == "vlaexp tracker: action=push; expected sync\n"
     assert cli.main(["tracker", "sync", "--help"]) == 0
     assert "vlaexp tracker sync runs=[" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vlaexp.config import compose
+from vlaexp.errors import UserError
 from vlaexp.trainer.journal import Row, read_journal, read_state
 from vlaexp.trainer.run_log import RunLog
 from vlaexp.trainer.tracking import CsvTracker, MlflowTracker, Tracker, WandbTracker
@@ -189,3 +190,14 @@ def test_wandb_offline(tmp_path: Path) -> None:
     again.finish("finished")
     after = json.loads((tmp_path / "tracker.json").read_text())
     assert after == {**state, "ended": after["ended"]}
+
+
+def test_a_database_needs_a_place_for_files(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"tracker.uri=postgresql://... is a database, which keeps no files; set"
+    ) as found:
+        MlflowTracker("postgresql://me:secret@host/db", "vlaexp")
+    assert "secret" not in str(found.value)
+    assert MlflowTracker("postgresql://host/db", "vlaexp", artifacts="files").artifacts == str(Path("files").resolve())
+    assert MlflowTracker(f"sqlite:///{tmp_path}/a.db", "vlaexp").artifacts == str(tmp_path / "mlartifacts")
+    assert MlflowTracker("http://host:5000", "vlaexp").artifacts is None

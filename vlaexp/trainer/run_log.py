@@ -77,14 +77,14 @@ class RunLog:
     def reopen(cls, folder: Path, tracker: Tracker, wait_s: float) -> Self:
         """The log of a run that has ended, to add to it or to bring it into the tracker; its state stays as it is.
 
-        A run that neither finished nor holds its log any more was interrupted.
+        A run that neither finished nor holds its log any more was interrupted; one that was opened for others goes on.
         """
         log = cls.__new__(cls)
         log._take(folder, tracker, wait_s)
         if log._state["status"] == "running":
             files = [file for file in (folder / JOURNAL, folder / TRACKER_STATE) if file.exists()]
             log._state |= {"status": "interrupted", "ended": max(file.stat().st_mtime for file in files)}
-        log._ended = True
+        log._ended = log._state["status"] != "open"
         log._state |= {"tracker": tracker.settings(), "delivered": False}
         log._save()
         return log
@@ -134,6 +134,7 @@ class RunLog:
     def finish(self, status: str) -> None:
         """Close the run as `finished`, `failed` or `interrupted`, and the log."""
         self._state |= {"status": status, "ended": time.time()}
+        self._ended = True
         self._save()
         self.deliver()
 
@@ -152,7 +153,13 @@ class RunLog:
         return self._tracker.describe()
 
     def open(self) -> dict[str, Any]:
-        """Start the run in the tracker now; returns the ids that are kept beside the run."""
+        """Start the run now, as the parent of others; it goes on without this process until it is finished.
+
+        Returns:
+            The ids that are kept beside the run, `mlflow_run_id` among them where MLflow could be reached.
+        """
+        self._state["status"] = "open"
+        self._save()
         self._attempt(lambda: None)
         return self._state
 
@@ -167,7 +174,8 @@ class RunLog:
             self._save()
 
     def _send_status(self) -> None:
-        self._tracker.finish(self._state["status"], self._state["ended"])
+        if self._ended:
+            self._tracker.finish(self._state["status"], self._state["ended"])
         self._state["delivered"] = True
         self._save()
 

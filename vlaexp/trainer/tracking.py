@@ -6,6 +6,7 @@ often it is interrupted or asked again, it holds each metric of a step once.
 
 import csv
 import os
+import re
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from vlaexp.errors import UserError
 from vlaexp.trainer.journal import Row
 
 LOG_ID = "vlaexp.log_id"  # tag by which MLflow's run of a journal is found again
@@ -72,15 +74,29 @@ class MlflowTracker(Tracker):
         uri: tracking URI. (MLflow's plain-folder store no longer works.)
         experiment: experiment name.
         timeout_s: how long one request to a server may take.
+        artifacts: folder for the files of a database that has no MLflow server; None: beside a SQLite file.
+
+    Raises:
+        UserError: for another database without `artifacts`.
     """
 
     uri: str
     experiment: str
     timeout_s: int = 10
+    artifacts: str | None = None
 
     def __post_init__(self) -> None:
+        # Absolute, for the run may be synchronized from another working folder.
         if file := _sqlite_file(self.uri):
-            self.uri = f"sqlite:///{file.resolve()}"  # the run may be synchronized from another working folder
+            self.uri = f"sqlite:///{file.resolve()}"
+            self.artifacts = self.artifacts or str(file.resolve().parent / "mlartifacts")
+        if self.artifacts is not None:
+            self.artifacts = str(Path(self.artifacts).resolve())
+        elif re.match(r"(postgresql|mysql|mssql)\b", self.uri):
+            raise UserError(
+                f"tracker.uri={self.uri.partition('://')[0]}://... is a database, which keeps no files; set "
+                "tracker.artifacts=FOLDER for them, or put `mlflow server` before it"
+            )
         self._run_id = ""
         self._held: dict[str, set[int]] = {}
         self._is_new = False
@@ -91,7 +107,7 @@ class MlflowTracker(Tracker):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(self.timeout_s))
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         self._client = mlflow_client(self.uri)
-        experiment_id = ensure_experiment(self._client, self.uri, self.experiment)
+        experiment_id = ensure_experiment(self._client, self.experiment, self.artifacts)
         # Asked by tag: the answer that brought the run's id may have been lost, or this may be another store.
         found = self._client.search_runs([experiment_id], f"tags.`{LOG_ID}` = '{state['log_id']}'")
         self._is_new = not found
@@ -175,15 +191,14 @@ def mlflow_client(uri: str) -> Any:
         return MlflowClient(tracking_uri=uri)
 
 
-def ensure_experiment(client: Any, uri: str, name: str) -> str:
-    """Id of the experiment, made if needed; artifacts of a SQLite store lie beside it, whatever the working folder."""
+def ensure_experiment(client: Any, name: str, artifacts: str | None) -> str:
+    """Id of the experiment, made if needed with its files under the folder `artifacts`; a server has its own place."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    file = _sqlite_file(uri)
-    location = (file.resolve().parent / "mlartifacts" / name).as_uri() if file else None
+    location = None if artifacts is None else (Path(artifacts) / name).as_uri()
     try:
         return client.create_experiment(name, artifact_location=location)
     except MlflowException as error:

@@ -148,7 +148,8 @@ def _manifest_lines(record: Mapping[str, Any]) -> list[str]:
 def _tracker(cfg: DictConfig) -> None:
     from vlaexp.workflow.tracker import sync
 
-    assert cfg.action == "sync"
+    if cfg.action != "sync":
+        raise UserError(f"action={cfg.action}; expected sync")
     rows = sync(cfg)
     lines = [f"{row['run']}: {row['result']}, {row['status']}; {row['where']}".removesuffix("; ") for row in rows]
     _end(cfg, rows, "\n".join(lines) or "nothing is missing in the trackers", [])
