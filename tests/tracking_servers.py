@@ -1,6 +1,7 @@
 """Real servers for the tracker's tests: `mlflow server` on SQLite, and PostgreSQL.
 
-Each has a folder and a port of its own, runs as root or as any user, and ends with the test run.
+Each has a folder and a port of its own and runs as root or as any user. (The worker of an MLflow server outlives a test
+run that is killed with -9.)
 """
 
 import os
@@ -29,7 +30,7 @@ class MlflowServer:
         command = ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "mlflow", "server", *address, *stores]
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, start_new_session=True)
-        wait_for(self._is_healthy, 120, lambda: (self._folder / "server.log").read_text()[-2000:])
+        wait_for(self._is_healthy, 600, lambda: (self._folder / "server.log").read_text()[-2000:])
 
     def kill(self) -> None:
         """End the server and its workers at once."""
