@@ -27,7 +27,7 @@ from vlaexp.env.vector import VectorEnv
 from vlaexp.eval.rollout import run_episodes
 from vlaexp.trainer.fit import Fit, fit, train_loader
 from vlaexp.trainer.policy_folder import load_policy
-from vlaexp.trainer.tracking import RunLog
+from vlaexp.trainer.run_log import RunLog
 from vlaexp.workflow.data import training_frames
 from vlaexp.workflow.train import build, train
 

@@ -26,7 +26,9 @@ VERBS = {
     "pretrain": "pretrain the tiny base model by the project's own recipe",
     "merge": "fold a policy's adapter into stand-alone base weights, and prove that it acts the same",
     "manifest": "show, verify or compare the manifests of policy folders",
+    "tracker": "sync: bring in the metrics that a tracker missed while it was away",
 }
+ACTIONS = {"tracker": ("sync",)}  # verbs whose first word says what to do; it becomes their key `action`
 
 USAGE = """\
 usage: vlaexp VERB [KEY=VALUE ...] [Hydra flags]
@@ -58,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         print(verb_help(verb))
         return 0
+    if verb in ACTIONS and rest and re.fullmatch(r"\w+", rest[0]):
+        if rest[0] not in ACTIONS[verb]:
+            print(f"vlaexp {verb}: unknown action {rest[0]!r}; {nearest(rest[0], ACTIONS[verb])}", file=sys.stderr)
+            return 2
+        rest[0] = f"action={rest[0]}"
     return _run(verb, rest)
 
 

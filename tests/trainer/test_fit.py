@@ -11,7 +11,7 @@ from vlaexp.config import compose
 from vlaexp.dataset.batches import ChunkDataset
 from vlaexp.errors import UserError
 from vlaexp.trainer.fit import Fit, fit
-from vlaexp.trainer.tracking import read_journal
+from vlaexp.trainer.journal import read_journal
 from vlaexp.workflow.train import Parts, build, train
 
 STILL = ["model.state_dropout=0.0", "model.state_noise=0.0", "model.plan_noise=0.0", "schedule.num_warmup_steps=0"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlaexp.model.weights import read_safetensors
-from vlaexp.trainer.tracking import read_journal
+from vlaexp.trainer.journal import read_journal
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from vlaexp import cli, manifest
 from vlaexp.config import compose
 from vlaexp.errors import UserError
-from vlaexp.trainer.tracking import read_journal
+from vlaexp.trainer.journal import read_journal
 from vlaexp.workflow.compare import compare_verb, report_verb
 from vlaexp.workflow.policies import describe
 from vlaexp.workflow.train import train

@@ -40,7 +40,7 @@ def render(
         comparison: what `vlaexp.report.compare.compare` returned or `read` read.
         folder: where the pages go; made if needed.
         title: the pages' heading.
-        journals: run name to its journal as `vlaexp.trainer.tracking.read_journal` gives it, for training curves.
+        journals: run name to its journal as `vlaexp.trainer.journal.read_journal` gives it, for training curves.
         command: how to repeat the report, printed as it is.
 
     Returns:

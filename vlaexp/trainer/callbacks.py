@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from vlaexp.model.weights import trained_tensors
-from vlaexp.trainer.tracking import LightningJournal
+from vlaexp.trainer.lightning_journal import LightningJournal
 
 CHECKPOINT = "checkpoint.ckpt"
 

@@ -23,7 +23,8 @@ from vlaexp.trainer.callbacks import (
     checkpoint_callback,
     milestone_callback,
 )
-from vlaexp.trainer.tracking import LightningJournal, RunLog
+from vlaexp.trainer.lightning_journal import LightningJournal
+from vlaexp.trainer.run_log import RunLog
 
 SHARDED = ("fsdp", "deepspeed", "model_parallel")
 

@@ -16,7 +16,7 @@ from vlaexp.report.frame import frame, write_frame
 from vlaexp.report.pool import replicates
 from vlaexp.report.render import render
 from vlaexp.report.words import latest
-from vlaexp.trainer.tracking import read_journal
+from vlaexp.trainer.journal import read_journal
 
 
 def compare_verb(cfg: DictConfig) -> tuple[list[Path], dict[str, Any]]:

@@ -24,8 +24,8 @@ from vlaexp.errors import UserError, nearest
 from vlaexp.eval.baselines import ConstantPolicy, ExpertPolicy, NearestNeighbourPolicy, RandomPolicy, ReplayPolicy
 from vlaexp.head.base import Head
 from vlaexp.trainer.build import build_head, build_model, head_name, pretrained_decoder
+from vlaexp.trainer.journal import JOURNAL
 from vlaexp.trainer.policy_folder import load_policy
-from vlaexp.trainer.tracking import JOURNAL
 from vlaexp.workflow.data import load_demonstrations
 from vlaexp.workflow.record import require_expert
 

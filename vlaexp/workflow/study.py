@@ -17,7 +17,7 @@ from vlaexp.errors import UserError
 from vlaexp.report.collect import collect_folders
 from vlaexp.sweep.grid import Point, expand
 from vlaexp.sweep.local import run_points
-from vlaexp.trainer.tracking import RunLog
+from vlaexp.trainer.run_log import RunLog
 from vlaexp.workflow.compare import publish
 
 

@@ -30,7 +30,7 @@ from vlaexp.trainer.callbacks import CHECKPOINT, checkpoint_step
 from vlaexp.trainer.dry_run import find_dead_adapters
 from vlaexp.trainer.fit import Fit, fit, val_loader
 from vlaexp.trainer.policy_folder import save_policy
-from vlaexp.trainer.tracking import RunLog, flat_params
+from vlaexp.trainer.run_log import RunLog
 from vlaexp.workflow.data import assign_cameras, load_demonstrations, training_frames
 from vlaexp.workflow.evaluate import EvalResult, evaluate_milestones
 from vlaexp.workflow.memory import check_gpu
@@ -131,7 +131,7 @@ def _train_locked(cfg: DictConfig, parts: Parts) -> TrainResult:
         run,
         instantiate(cfg.tracker),
         run.name,
-        flat_params(parts.config) | {"trainable_parameters": parts.ledger.trainable},
+        dict(manifest.flatten(parts.config)) | {"trainable_parameters": parts.ledger.trainable},
         _tags(cfg, parts),
         resume_step=done,
     )

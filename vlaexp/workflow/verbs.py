@@ -24,6 +24,7 @@ def run(verb: str, cfg: DictConfig) -> None:
         "pretrain": _pretrain,
         "merge": _merge,
         "manifest": _manifest,
+        "tracker": _tracker,
     }
     actions[verb](cfg)
 
@@ -142,6 +143,21 @@ def _manifest_lines(record: Mapping[str, Any]) -> list[str]:
     from vlaexp import manifest
 
     return [f"{key}: {_short(value)}" for key, value in manifest.flatten(record)]
+
+
+def _tracker(cfg: DictConfig) -> None:
+    from vlaexp.workflow.tracker import sync
+
+    if cfg.action != "sync":
+        raise UserError(f"action={cfg.action}; expected sync")
+    rows = sync(cfg)
+    lines = [f"{row['run']}: {row['result']}, {row['status']}; {row['where']}".removesuffix("; ") for row in rows]
+    _end(cfg, rows, "\n".join(lines) or "nothing is missing in the trackers", [])
+    if away := [row["run"] for row in rows if row["result"] == "unreachable"]:
+        raise UserError(
+            f"the tracker of {len(away)} runs cannot be reached; their logs stay beside them: start it, or name "
+            "another (tracker=mlflow tracker.uri=http://SERVER:PORT), and run the same command again"
+        )
 
 
 def _short(value: Any) -> str:
