@@ -29,10 +29,10 @@ def own_memory(parameters: Iterable[nn.Parameter]) -> None:
 
 def move_together(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Move the parameters of several modules to a device; what shares memory here shares it there."""
-    moved: dict[tuple[int, torch.Size], Tensor] = {}
+    moved: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
     for module in modules:
         for parameter in module.parameters():
             place = (parameter.data_ptr(), parameter.shape)
-            if place not in moved:
-                moved[place] = parameter.data.to(device)
-            parameter.data = moved[place]
+            if place not in moved:  # the old tensor is held with the new one, so that its place stays its own
+                moved[place] = parameter.data, parameter.data.to(device)
+            parameter.data = moved[place][1]

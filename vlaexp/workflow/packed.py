@@ -41,9 +41,9 @@ def train_packed(cfgs: Sequence[DictConfig]) -> list[TrainResult | BaseException
     """
     check_packable([resolved(cfg) for cfg in cfgs])
     outcomes: dict[int, TrainResult | BaseException] = {}
-    slots: dict[int, _Slot] = {}
+    slots: dict[int, Slot] = {}
     with ExitStack() as stack:
-        pack = _Pack()
+        pack = Pack()
         for place, cfg in enumerate(cfgs):
             try:
                 slots[place] = pack.open(cfg, len(cfgs), stack)
@@ -98,7 +98,7 @@ def check_packable(configs: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-class _Pack:
+class Pack:
     """Demonstrations and base that the trainings share."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class _Pack:
         self._sizes: dict[str, int | None] = {}
         self._runs: set[Path] = set()
 
-    def open(self, cfg: DictConfig, packed: int, everything: ExitStack) -> "_Slot":
+    def open(self, cfg: DictConfig, packed: int, everything: ExitStack) -> "Slot":
         """Build a training and open its run folder, to be closed by the slot, at the latest with `everything`."""
         parts = build(cfg, self.demonstrations, self.model)
         own_memory(parameter for parameter in parts.head.parameters() if parameter.requires_grad)
@@ -116,7 +116,7 @@ class _Pack:
         self._runs.add(parts.run)
         parts.head.model.read_instructions(sorted(set(parts.demos.columns.instructions)))
         stack = everything.enter_context(ExitStack())
-        return _Slot(stack.enter_context(opened(cfg, parts, packed)), stack)
+        return Slot(stack.enter_context(opened(cfg, parts, packed)), stack)
 
     def demonstrations(self, cfg: DictConfig) -> Demonstrations:
         config = resolved(cfg)
@@ -141,7 +141,7 @@ class _Pack:
 
 
 @dataclass
-class _Slot:
+class Slot:
     """An open training, and what closes it."""
 
     training: Training
