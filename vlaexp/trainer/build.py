@@ -194,7 +194,7 @@ def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, no
     if (folder := pretrained_decoder(config, model, spec.space)) is not None:
         assert isinstance(head, PrefixHead)  # `pretrained_decoder` is None for others
         path = folder / "decoder.safetensors"
-        own_memory(_decoder(model))
+        own_memory(_decoder(model))  # the base may be lent to others too
         copy_strictly(head.decoder_tensors(), read_safetensors(path), str(path))
     return head
 
@@ -208,7 +208,7 @@ def _start_expert(config: Mapping[str, Any], model: BaseModel) -> None:
         for parameter in _decoder(model):
             parameter.requires_grad_(False)
     elif config["head"]["init"] == "scratch":
-        own_memory(_decoder(model))
+        own_memory(_decoder(model))  # the base may be lent to others too
         own.restart_decoder()
 
 
