@@ -26,7 +26,8 @@ from vlaexp.model.sharing import move_together, own_memory, twin
 from vlaexp.trainer.build import build_model, model_sizes
 from vlaexp.trainer.turns import in_turns
 from vlaexp.workflow.data import load_demonstrations
-from vlaexp.workflow.train import Training, TrainResult, build, opened
+from vlaexp.workflow.parts import build
+from vlaexp.workflow.train import Training, TrainResult, opened
 
 # What decides the base, its form on the device, and the arithmetic of the process.
 SHARED = ("model.", "seed.", "trainer.accelerator.", "trainer.precision.", "trainer.num_threads.")
