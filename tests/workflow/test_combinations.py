@@ -25,7 +25,9 @@ from vlaexp.dataset.lerobot import LeRobotFolder
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
 from vlaexp.trainer.policy_folder import load_policy
-from vlaexp.workflow.train import build
+from vlaexp.trainer.tracking import read_journal
+from vlaexp.workflow.packed import train_packed
+from vlaexp.workflow.train import TrainResult, build, train
 
 DOCS = Path(__file__).parents[2] / "docs" / "combinations.md"
 ACT = "{dim_model: 32, n_heads: 2, dim_feedforward: 32, n_encoder_layers: 1, n_vae_encoder_layers: 1, "
@@ -183,6 +185,25 @@ def test_acts_the_same_in_a_fresh_process(overrides: dict[str, list[str]], outpu
     given = [str(folder), str(outputs / "there.pt"), str(here), str(here.parent)]
     subprocess.run([sys.executable, "-c", FRESH, *given], check=True, timeout=300)
     assert torch.equal(torch.load(outputs / "there.pt"), action)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES)
+def test_two_ranks_packed_equal_each_alone(overrides: dict[str, list[str]], outputs: Path, base: str) -> None:
+    """Every base can be lent to several trainings; their heads start from the base's own decoder where it has one."""
+    point = next(point for point in reversed(PAIRS) if point[0] == base and point[2] == "LoRA")
+    packs = [[*keys_of(overrides, *point), f"lora.rank={rank}", "trainer.max_steps=2"] for rank in (2, 4)]
+    together = train_packed([compose("train", keys) for keys in packs])
+    for packed, keys in zip(together, packs, strict=True):
+        assert isinstance(packed, TrainResult), packed
+        alone = train(compose("train", [*keys, "name=alone"]))
+        for file in ("head.safetensors", "adapter/adapter_model.safetensors"):
+            assert (packed.milestones[2] / file).read_bytes() == (alone.milestones[2] / file).read_bytes()
+        rows = [
+            [(step, values["train/loss"]) for step, values in read_journal(r.run) if "train/loss" in values]
+            for r in (packed, alone)
+        ]
+        assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize(("base", "head"), [pair for pair in product(BASES, HEADS) if obstacle(*pair)])

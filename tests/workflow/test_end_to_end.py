@@ -126,6 +126,7 @@ def test_asked_twice_it_is_finished(runs, shrunk, brief):
     again = train(compose("train", [*shrunk, *brief, "head=joint", "name=tiny_joint"]))
     assert again.run == first.run
     assert again.evaluation == first.evaluation
+    assert again.held_out == first.held_out == json.loads((first.run / "held_out.json").read_text())
     changed = {path.name for path, stamp in stamps(first.run).items() if before[0].get(path) != stamp}
     assert changed <= {"policy.json"}
     assert read_journal(first.run) == before[1]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -81,6 +82,7 @@ class Demonstrations:
         self.cameras = self._map_cameras(cameras)
         self.columns = self._columns(action_space)
         self._mode: Mode = normalization
+        self._frames: WeakValueDictionary[str, Frames] = WeakValueDictionary()
         count = self.folder.num_episodes if episodes is None else episodes
         if count > self.folder.num_episodes:
             raise UserError(
@@ -205,7 +207,12 @@ class Demonstrations:
         )
 
     def frames(self, camera: str) -> Frames:
-        return self.folder.frames(self.cameras[camera])
+        """Images of a camera; trainings that hold them at the same time hold them once."""
+        column = self.cameras[camera]
+        frames = self._frames.get(column)
+        if frames is None:
+            frames = self._frames[column] = self.folder.frames(column)
+        return frames
 
     def chunks(
         self,

@@ -1,12 +1,10 @@
 """Weights on disk: strict loading, and the fingerprint that ties an adapter to its base."""
 
-import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -38,17 +36,6 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
         if name not in child._non_persistent_buffers_set
     }
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad} | buffers
-
-
-def sharing_copy(module: nn.Module) -> Any:
-    """The same module tree on the same weights, which lie in memory once; buffers and `requires_grad` are its own."""
-    return copy.deepcopy(module, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in module.parameters()})
-
-
-def stop_sharing(parameters: Iterable[nn.Parameter]) -> None:
-    """Give parameters that will change memory of their own."""
-    for parameter in parameters:
-        parameter.data = parameter.data.clone()
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

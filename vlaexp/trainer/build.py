@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from peft import PeftModel
+from torch import nn
 
 from vlaexp.action_spec import ActionSpec
 from vlaexp.dataset.normalize import NormStats
@@ -22,6 +23,8 @@ from vlaexp.head.prefix import PrefixHead
 from vlaexp.ledger import Ledger, ledger
 from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts, quantize_base
 from vlaexp.model.base import BaseModel, PrefixModel
+from vlaexp.model.quantize import Known
+from vlaexp.model.sharing import own_memory
 from vlaexp.model.weights import copy_strictly, read_safetensors
 
 INITS = ("auto", "pretrained", "scratch")
@@ -36,7 +39,14 @@ class Built:
     ledger: Ledger
 
 
-def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: NormStats) -> Built:
+def build(
+    config: dict[str, Any],
+    spec: ActionSpec,
+    state_dim: int,
+    statistics: NormStats,
+    make_model: Callable[..., BaseModel] | None = None,
+    known: Known | None = None,
+) -> Built:
     """Model, head and adapters of a configuration, ready to train.
 
     Args:
@@ -44,18 +54,21 @@ def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: 
         spec: of the action to predict.
         state_dim: width of the state.
         statistics: of the training data; used where the weights bring none of their own.
+        make_model: used in place of `build_model`, to lend a base that others hold too.
+        known: the 4-bit weights of that base so far.
     """
     lora: Lora = instantiate(config["lora"], _convert_="all")
     freeze: Freeze = instantiate(config["freeze"], _convert_="all")
     torch.manual_seed(config["seed"])  # of fresh adapters
-    model = build_model(config, state_dim, has_goal="goal" in statistics.quantities, action_dim=spec.dim)
+    make_model = make_model or build_model
+    model = make_model(config, state_dim, has_goal="goal" in statistics.quantities, action_dim=spec.dim)
     if not model.goal_dim and config["head"].get("goal_weight", 0) > 0:
         print("no tool targets in the data or no goal in the model: the auxiliary goal loss is off", file=sys.stderr)
         config["head"]["goal_weight"] = 0.0
     model.read_statistics(statistics)
     head = build_head(config, model, spec, choose_norm_stats(config, model, spec, statistics))
     freeze_parts(model, freeze)
-    quantize_base(model, lora, freeze)
+    quantize_base(model, lora, freeze, known)
     adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
     own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
     built = Built(head, adapter, ledger(model, own, lora))
@@ -78,10 +91,9 @@ def build_model(
         has_goal: whether the data have the hindsight goal (`vlaexp.dataset.targets`).
         action_dim: width of the action, for models that hold their own decoder.
     """
-    sizes = model_sizes(config, state_dim, has_goal, action_dim)
     try:
         with seeded(config):
-            return instantiate(config["model"], **sizes, _convert_="all")
+            return instantiate(config["model"], **model_sizes(config, state_dim, has_goal, action_dim), _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None  # what the user is meant to read, without Hydra around it
@@ -91,7 +103,7 @@ def build_model(
 def model_sizes(
     config: Mapping[str, Any], state_dim: int | None, has_goal: bool, action_dim: int | None
 ) -> dict[str, int | None]:
-    """What a model is told of the data; arguments as for `build_model`."""
+    """What the data decide of a base model's shape: those of the sizes that it takes."""
     goal = goal_dim(config["action_horizon"]) if has_goal else 0
     sizes = {"state_dim": state_dim, "goal_dim": goal, "action_dim": action_dim}
     takes = inspect.signature(get_class(config["model"]["_target_"])).parameters
@@ -201,6 +213,7 @@ def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, no
     if (folder := pretrained_decoder(config, model, spec.space)) is not None:
         assert isinstance(head, PrefixHead)  # `pretrained_decoder` is None for others
         path = folder / "decoder.safetensors"
+        own_memory(_decoder(model))  # the base may be lent to others too
         copy_strictly(head.decoder_tensors(), read_safetensors(path), str(path))
     return head
 
@@ -213,8 +226,12 @@ def _start_expert(config: Mapping[str, Any], model: BaseModel) -> None:
     if own is None:
         return
     if not uses_expert(config, model):
-        for name, parameter in model.named_parameters():
-            if model.part_of(name) == "decoder":
-                parameter.requires_grad_(False)
+        for parameter in _decoder(model):
+            parameter.requires_grad_(False)
     elif config["head"]["init"] == "scratch":
+        own_memory(_decoder(model))  # the base may be lent to others too
         own.restart_decoder()
+
+
+def _decoder(model: BaseModel) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if model.part_of(name) == "decoder"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from vlaexp.data_types import Batch
@@ -90,8 +91,9 @@ def fit(
     log: RunLog | None,
     on_milestone: Callable[[int], None],
     label: str,
+    callbacks: Sequence[Callback] = (),
 ) -> int:
-    """Train to `settings.max_steps`, continuing the checkpoint in `folder` where there is one.
+    """Train to `settings.max_steps`, continuing the checkpoint in `folder` where there is one; `callbacks` come last.
 
     Returns:
         The optimizer steps done in all.
@@ -125,6 +127,7 @@ def fit(
             milestone_callback(settings.milestones, on_milestone),
             checkpoint_callback(folder, settings.checkpoint_interval),
             StepProgress(label),
+            *callbacks,
         ],
     )
     checkpoint = folder / CHECKPOINT

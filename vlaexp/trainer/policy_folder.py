@@ -28,7 +28,8 @@ from vlaexp.lora import Freeze, freeze_parts, load_adapter, quantize_base
 from vlaexp.manifest import hash_folder, read, verify, write
 from vlaexp.model.base import BaseModel
 from vlaexp.model.quantize import Known
-from vlaexp.model.weights import copy_strictly, read_safetensors, sharing_copy, stop_sharing
+from vlaexp.model.sharing import own_memory, twin
+from vlaexp.model.weights import copy_strictly, read_safetensors
 from vlaexp.trainer.build import build_head, build_model, model_sizes, writes_decoder
 
 FILES = ("config.yaml", "head.safetensors", "norm_stats.json", "action_spec.json")
@@ -80,7 +81,7 @@ def load_policies(folders: Sequence[Path | str]) -> list[Head]:
         if users[policy.base] == 1:
             heads.append(_complete(policy, base, None))
         else:
-            heads.append(_complete(policy, sharing_copy(base), known))
+            heads.append(_complete(policy, twin(base), known))
     return heads
 
 
@@ -137,13 +138,13 @@ def _complete(policy: _Opened, model: BaseModel, known: Known | None) -> Head:
     """Head, adapter and trained weights on a base; `known` (4-bit weights so far) where it shares its weights."""
     folder, config = policy.folder, policy.config
     if known is not None and writes_decoder(config, model, policy.spec.space):
-        stop_sharing(p for name, p in model.named_parameters() if model.part_of(name) == "decoder")
+        own_memory(p for name, p in model.named_parameters() if model.part_of(name) == "decoder")
     head = build_head(config, model, policy.spec, policy.norm_stats)
     head.load_files(folder)
     freeze: Freeze = instantiate(config["freeze"], _convert_="all")
     freeze_parts(model, freeze)
     if known is not None:
-        stop_sharing(parameter for parameter in model.parameters() if parameter.requires_grad)
+        own_memory(parameter for parameter in model.parameters() if parameter.requires_grad)
     quantize_base(model, instantiate(config["lora"], _convert_="all"), freeze, known)
     if (folder / "adapter").is_dir():
         load_adapter(model, folder / "adapter")
