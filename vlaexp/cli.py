@@ -22,11 +22,14 @@ VERBS = {
     "eval": "evaluate a policy in closed loop on a panel of splits",
     "compare": "put evaluated policies side by side: comparison.json",
     "report": "draw a comparison: report.html and report.md",
-    "sweep": "run a study: record, train every point, evaluate, compare, report",
+    "sweep": "run a study on this machine or SLURM: plan, train, evaluate, compare, report; see vlaexp sweep --help",
     "pretrain": "pretrain the tiny base model by the project's own recipe",
     "merge": "fold a policy's adapter into stand-alone base weights, and prove that it acts the same",
     "manifest": "show, verify or compare the manifests of policy folders",
 }
+
+# A word after the verb; without one the verb's own default.
+ACTIONS = {"sweep": ("run", "submit", "status", "resume", "cancel", "collect")}
 
 USAGE = """\
 usage: vlaexp VERB [KEY=VALUE ...] [Hydra flags]
@@ -58,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         print(verb_help(verb))
         return 0
+    if rest and verb in ACTIONS and not re.search(r"[=-]", rest[0]):
+        if rest[0] not in ACTIONS[verb]:
+            print(f"vlaexp {verb}: unknown action {rest[0]!r}; {nearest(rest[0], ACTIONS[verb])}", file=sys.stderr)
+            return 2
+        rest = [f"action={rest[0]}", *rest[1:]]
     return _run(verb, rest)
 
 
@@ -105,6 +113,8 @@ def _run(verb: str, overrides: list[str]) -> int:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from vlaexp.config_errors import explain
+
     text, failures = "", []
 
     def work(cfg: "DictConfig") -> None:
@@ -145,49 +155,12 @@ def _hydra_app(verb: str, overrides: list[str], function: Callable[["DictConfig"
     hydra.main(config_path=str(config_dir()), config_name=verb, version_base="1.3")(task)()
 
 
-def explain(verb: str, overrides: Sequence[str], error: Exception) -> str:
-    """Hydra's complaint, with the available names and the nearest one."""
-    text = str(error)
-    if found := re.search(r"Could not find '([^']+)'", text):
-        group, _, choice = found.group(1).rpartition("/")
-        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
-        return f"there is no {group}={choice}; {nearest(choice, options)}" if options else text
-    key = _unknown_key(error, text)
-    if key is None:
-        return text
-    parent, name, names = _mistyped(verb, overrides, key)
-    where = f"key {f'{parent}.{name}'!r} under {parent!r}" if parent else f"key or group {name!r}"
-    return f"there is no {where}; {nearest(name, names)}"
-
-
 def _causes(error: BaseException | None) -> list[BaseException]:
     causes: list[BaseException] = []
     while error is not None and error not in causes:
         causes.append(error)
         error = error.__cause__ or error.__context__
     return causes
-
-
-def _unknown_key(error: Exception, text: str) -> str | None:
-    found = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
-    return found.group(1).split("@")[0].replace("/", ".") if found else None
-
-
-def _mistyped(verb: str, overrides: Sequence[str], key: str) -> tuple[str, str, list[str]]:
-    """The part of a key that exists, the name after it that does not, and the names that do, without that override."""
-    from omegaconf import DictConfig
-
-    from vlaexp.config import compose
-
-    kept = [item for item in overrides if item.split("=")[0].lstrip("+~").replace("/", ".") != key]
-    node: Any = compose(verb, [item for item in kept if not item.startswith("-")])
-    parents, name = [], key
-    for name in key.split("."):
-        if not isinstance(node, DictConfig) or name not in node:
-            break
-        node = node[name]
-        parents.append(name)
-    return ".".join(parents), name, [str(name) for name in node] if isinstance(node, DictConfig) else []
 
 
 def _complete(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from vlaexp import interruption
 from vlaexp.data_types import Batch
 from vlaexp.dataset.batches import ChunkDataset, Position, StepSampler
 from vlaexp.errors import UserError
@@ -19,6 +20,7 @@ from vlaexp.trainer.callbacks import (
     CHECKPOINT,
     JournalStep,
     StepProgress,
+    StopWhenAsked,
     TrainableOnly,
     checkpoint_callback,
     milestone_callback,
@@ -88,6 +90,9 @@ def fit(
 
     Returns:
         The optimizer steps done in all.
+
+    Raises:
+        Interrupted: where a signal asked for it; the checkpoint of that step is written.
     """
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -117,12 +122,13 @@ def fit(
             TrainableOnly(),
             milestone_callback(settings.milestones, on_milestone),
             checkpoint_callback(folder, settings.checkpoint_interval),
-            StepProgress(label),
+            StopWhenAsked(folder),
+            StepProgress(label, folder),
         ],
     )
     checkpoint = folder / CHECKPOINT
     head.strict_loading = False  # frozen weights are not in the checkpoint; TrainableOnly checks the others
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), interruption.deferred():
         for message in (".*does not have many workers.*", ".*not resumable.*", ".*litlogger.*", ".*LeafSpec.*"):
             warnings.filterwarnings("ignore", message=message)
         trainer.fit(

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from vlaexp import manifest
+from vlaexp.interruption import Interrupted
 from vlaexp.config import resolved, run_id
 from vlaexp.dataset.batches import ChunkDataset
 from vlaexp.dataset.demonstrations import Demonstrations
@@ -95,9 +96,16 @@ def build(cfg: DictConfig) -> Parts:
     )
 
 
-def train(cfg: DictConfig) -> TrainResult:
-    """Train, or continue, or find finished; then evaluate each milestone on the configured panel."""
+def train(cfg: DictConfig, on_run: Callable[[Path], object] | None = None) -> TrainResult:
+    """Train, or continue, or find finished; then evaluate each milestone on the configured panel.
+
+    Args:
+        cfg: configuration of `vlaexp train`.
+        on_run: told the run folder before the first step.
+    """
     parts = build(cfg)
+    if on_run is not None:
+        on_run(parts.run)
     parts.head.model.read_instructions(sorted(set(parts.demos.columns.instructions)))
     run = parts.run
     run.mkdir(parents=True, exist_ok=True)
@@ -153,6 +161,9 @@ def _train_locked(cfg: DictConfig, parts: Parts) -> TrainResult:
             log.log(errors, settings.max_steps)
         evaluation = evaluate_milestones(cfg, folders, log)
         status = "finished"
+    except Interrupted:
+        status = "interrupted"
+        raise
     finally:
         log.finish(status)
     print(log.describe(), file=sys.stderr)

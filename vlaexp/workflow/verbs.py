@@ -4,11 +4,14 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vlaexp.errors import UserError
+from vlaexp.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from vlaexp.workflow.sweep import StudyResult
 
 
 def run(verb: str, cfg: DictConfig) -> None:
@@ -90,13 +93,36 @@ def _report(cfg: DictConfig) -> None:
 
 
 def _sweep(cfg: DictConfig) -> None:
-    from vlaexp.workflow.study import study
+    from vlaexp.sweep.status import status_table
+    from vlaexp.workflow import sweep
 
-    result = study(cfg)
+    def show(rows: list[dict[str, Any]], silent: str) -> None:
+        _end(cfg, {"points": rows, "slurm_silent": silent}, status_table(rows, silent), [])
+
+    match cfg.action:
+        case "submit":
+            folder, plan = sweep.submit(cfg)
+            _end(cfg, plan.cost, "", [] if cfg.dry_run else [folder.path])
+        case "status":
+            sweep.status(cfg, show)
+        case "resume":
+            print(f"{sweep.resume(cfg)} jobs started")
+        case "cancel":
+            print(f"{sweep.cancel(cfg)} jobs cancelled; vlaexp sweep resume goes on from their last checkpoints")
+        case "collect" | "run":
+            _published(cfg, sweep.collect(cfg) if cfg.action == "collect" else sweep.run(cfg))
+        case other:
+            actions = ("submit", "status", "resume", "cancel", "collect", "run")
+            raise UserError(f"action={other}; {nearest(str(other), actions)}")
+
+
+def _published(cfg: DictConfig, result: "StudyResult") -> None:
     _end(cfg, result.comparison["rows"], rows_table(result.comparison["rows"]), result.files)
     if result.failed:
         listing = "; ".join(f"{name}: {text}" for name, text in result.failed.items())
-        raise UserError(f"{len(result.failed)} points failed ({listing}); run the same command again to retry them")
+        raise UserError(
+            f"{len(result.failed)} points are not in the report ({listing}); vlaexp sweep resume runs what is missing"
+        )
 
 
 def _pretrain(cfg: DictConfig) -> None:
