@@ -1,8 +1,8 @@
 """Stop long work at a safe moment when a cluster or a user asks for it.
 
-SIGUSR2 says that a time limit or a preemption is near, SIGTERM that the process is to end (scancel, requeue, kill). Work
-that can stop cleanly asks `requested()` at its step boundaries inside `deferred()`; all other work is left at once by
-the exception `Interrupted`. A second signal does not wait for a boundary.
+SIGUSR2 says that a time limit or a preemption is near, SIGTERM that the process is to end (scancel, requeue, kill).
+Work that can stop cleanly asks `requested()` at its step boundaries inside `deferred()`; all other work is left at once
+by the exception `Interrupted`. A second signal does not wait for a boundary.
 """
 
 import signal

@@ -6,7 +6,7 @@ The files are the truth, whatever launched the jobs: a parent, a scheduler or a 
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,15 @@ class SweepFolder:
 
 
 def is_finished(state: Mapping[str, Any]) -> bool:
-    """Whether a job is done and what it left is still there."""
-    return state.get("state") == "finished" and all(Path(path).exists() for path in state["made"])
+    """Whether a job is done, what it left is still there and what it was fed is unchanged."""
+    if state.get("state") != "finished" or not all(Path(path).exists() for path in state["made"]):
+        return False
+    return state.get("inputs", {}) == stamps(state.get("inputs", {}))
+
+
+def stamps(paths: Iterable[str]) -> dict[str, int]:
+    """Files with their times of change, in ns; 0 for those that do not exist."""
+    return {path: Path(path).stat().st_mtime_ns if Path(path).exists() else 0 for path in paths}
 
 
 def alive(state: Mapping[str, Any]) -> bool | None:

@@ -14,7 +14,7 @@ class Point:
     Attributes:
         name: unique within the study.
         verb: `train` or `eval`.
-        overrides: as on that verb's command line; those of the arm, then those of the cell.
+        overrides: as on that verb's command line; those of the cell last.
         arm: the arm it belongs to.
         cell: its value on each axis of the arm's grid.
     """
@@ -30,10 +30,8 @@ class Point:
         return (*self.overrides[: len(self.overrides) - len(self.cell)], *as_overrides(cell))
 
 
-def expand(
-    arms: Mapping[str, Mapping[str, object]],
-) -> list[Point]:
-    """Points of all arms.
+def expand(arms: Mapping[str, Mapping[str, object]], everywhere: Sequence[str] = ()) -> list[Point]:
+    """Points of all arms; `everywhere` are overrides of every point, after those of its arm.
 
     An arm is a verb, overrides common to the arm, and a grid whose axes (key to list of values) are multiplied out:
 
@@ -58,7 +56,7 @@ def expand(
         for values in product(*grid.values()):
             cell = dict(zip(grid, values, strict=True))
             name = "-".join([arm, *(str(value) for value in values)])
-            points.append(Point(name, verb, (*map(str, common), *as_overrides(cell)), arm, cell))
+            points.append(Point(name, verb, (*map(str, common), *everywhere, *as_overrides(cell)), arm, cell))
     names = [point.name for point in points]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not points:

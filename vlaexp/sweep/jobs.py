@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from vlaexp.errors import UserError, nearest
 from vlaexp.sweep.grid import Point
@@ -110,8 +111,8 @@ def _merged(group: Sequence[tuple[Point, int | None, frozenset[int]]]) -> Task:
         assert steps is not None  # those without stand alone
         if steps in by_steps:
             raise UserError(
-                f"points {[by_steps[steps].name, point.name]} of the study are the same run of {steps} steps; drop one, "
-                "or change seed="
+                f"points {[by_steps[steps].name, point.name]} of the study are the same run of {steps} steps; drop "
+                "one, or change seed="
             )
         by_steps[steps] = point
     total = max(by_steps)
@@ -146,11 +147,9 @@ def parse(text: str) -> tuple[str, Any]:
     Raises:
         UserError: where Hydra cannot read it.
     """
-    from hydra.errors import OverrideParseException
-
     try:
         override = OverridesParser.create().parse_override(text)
-    except OverrideParseException as error:
+    except HydraException as error:
         raise UserError(f"the study's override {text!r} cannot be read: {str(error).splitlines()[0]}") from error
     return override.key_or_group, override.value()
 

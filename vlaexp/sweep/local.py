@@ -1,6 +1,6 @@
 """Jobs of a sweep in processes of this machine, in the foreground or detached; a failing job does not stop the others.
 
-    python -m vlaexp.sweep.local FOLDER MODULE:FUNCTION PROCESSES KEY ...      what `start_detached` runs
+python -m vlaexp.sweep.local FOLDER MODULE:FUNCTION PROCESSES KEY ...      what `start_detached` runs
 """
 
 import os

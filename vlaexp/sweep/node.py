@@ -94,10 +94,8 @@ def _stopped(folder: SweepFolder, job: Job, plan: dict[str, Any], stop: BaseExce
     if not isinstance(stop, interruption.Interrupted) or stop.number != signal.SIGUSR2 or state["slurm"] is None:
         return
     if state["requeues"] >= limit:
-        folder.update_state(
-            job.key,
-            error=f"put back into the queue {limit} times (hydra.launcher.max_num_timeout); vlaexp sweep resume goes on",
-        )
+        text = f"put back into the queue {limit} times (hydra.launcher.max_num_timeout); vlaexp sweep resume goes on"
+        folder.update_state(job.key, error=text)
         return
     folder.update_state(job.key, requeues=state["requeues"] + 1)
     slurm.requeue(state["slurm"])

@@ -19,6 +19,16 @@ IN_QUEUE = frozenset(
     "PENDING RUNNING CONFIGURING COMPLETING SUSPENDED REQUEUED REQUEUE_FED REQUEUE_HOLD RESIZING RESV_DEL_HOLD "
     "SIGNALING SPECIAL_EXIT STAGE_OUT STOPPED PREEMPTED".split()
 )
+HINTS = (  # a word of sbatch, the key that is wrong, how to find out what would be right
+    ("partition", "partition", "sinfo lists the partitions"),
+    ("account", "account", "sacctmgr show associations lists yours"),
+    ("qos", "qos", "sacctmgr show qos lists them"),
+    ("gres", "gpus_per_node", "sinfo -o %G shows what nodes have"),
+    ("array", "array_parallelism", "or ask for fewer points: scontrol show config | grep MaxArraySize"),
+    ("node configuration", "gpus_per_node", "or cpus_per_task, mem_gb: no node of the partition has as much"),
+    ("time limit", "timeout_min", "sinfo -o '%P %l' shows the limits"),
+)
+OTHER = "hydra.launcher.* (conf/hydra/launcher/slurm.yaml names its keys)"
 NOT_SUBMITIT = ("_target_", "submitit_folder", "max_num_timeout", "name")
 
 
@@ -51,27 +61,27 @@ def submit(
         keys: of the jobs, in order.
         settings: of `hydra/launcher=slurm`.
         name: of the array in SLURM.
-        after: ids of an array of the same length, each element of which must end well before its namesake begins.
+        after: ids of the first elements of another array, each of which must end well before its namesake begins.
 
     Raises:
         SlurmUnavailableError: without SLURM on this machine.
         UserError: where sbatch refuses, in its own words.
     """
-    import submitit
-
     require()
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedJobError
 
-    executor = submitit.SlurmExecutor(folder=folder / "slurm" / "%j", max_num_timeout=settings["max_num_timeout"])
+    executor = SlurmExecutor(folder=folder / "slurm" / "%j", max_num_timeout=settings["max_num_timeout"])
     known = {key: value for key, value in settings.items() if key not in NOT_SUBMITIT and value is not None}
-    known = {submitit.SlurmExecutor._equivalence_dict().get(key, key): value for key, value in known.items()}
+    known = {SlurmExecutor._equivalence_dict().get(key, key): value for key, value in known.items()}
     extra = {"requeue": True, **known.pop("additional_parameters", {})}
     if after:
-        # elements wait for the whole other array where sizes differ; a single job has no elements
-        extra |= {"dependency": f"aftercorr:{after[0].split('_')[0]}", "kill-on-invalid-dep": "yes"}
+        whom = f"afterok:{after[0]}" if len(keys) == 1 else f"aftercorr:{after[0].split('_')[0]}"
+        extra |= {"dependency": whom, "kill-on-invalid-dep": "yes"}
     try:
         executor.update_parameters(job_name=name, additional_parameters=extra, **known)
         jobs = executor.map_array(work, [str(folder)] * len(keys), list(keys))
-    except (submitit.core.utils.FailedJobError, ValueError) as error:
+    except (FailedJobError, ValueError) as error:
         raise UserError(refusal(str(error), settings)) from error
     return {key: job.job_id for key, job in zip(keys, jobs, strict=True)}
 
@@ -80,22 +90,8 @@ def refusal(text: str, settings: Mapping[str, Any]) -> str:
     """sbatch's words, and what to change."""
     said = [line.removeprefix("sbatch: ") for line in text.splitlines() if line.startswith("sbatch: ")]
     words = "; ".join(line.removeprefix("error: ") for line in said) or text.strip().splitlines()[-1]
-    hint = next(
-        (
-            hint
-            for word, hint in {
-                "partition": f"hydra.launcher.partition={settings.get('partition')} (sinfo lists the partitions)",
-                "account": f"hydra.launcher.account={settings.get('account')} (sacctmgr show associations lists yours)",
-                "qos": f"hydra.launcher.qos={settings.get('qos')} (sacctmgr show qos lists them)",
-                "gres": f"hydra.launcher.gpus_per_node={settings.get('gpus_per_node')} (sinfo -o %G lists what there is)",
-                "array": "the number of points (scontrol show config | grep MaxArraySize)",
-                "configuration": "hydra.launcher.gpus_per_node, cpus_per_task, mem_gb or timeout_min",
-            }.items()
-            if word in words.lower()
-        ),
-        "hydra.launcher.* (conf/hydra/launcher/slurm.yaml names its keys)",
-    )
-    return f"SLURM refused the array: {words}; change {hint}"
+    changes = (f"hydra.launcher.{key}={settings.get(key)} ({how})" for word, key, how in HINTS if word in words.lower())
+    return f"SLURM refused the array: {words}; change {next(changes, OTHER)}"
 
 
 def queue() -> dict[str, tuple[str, str, str]]:

@@ -66,9 +66,7 @@ def job_statuses(folder: SweepFolder, plan: Mapping[str, Any]) -> tuple[dict[str
     return {key: _status(state, last.get(key), key, scheduler) for key, state in states.items()}, scheduler.silent
 
 
-def _status(
-    state: dict[str, Any], submission: Mapping[str, Any] | None, key: str, scheduler: Scheduler
-) -> JobStatus:
+def _status(state: dict[str, Any], submission: Mapping[str, Any] | None, key: str, scheduler: Scheduler) -> JobStatus:
     said = state.get("state", "")
     note = state.get("error") or ""
     if is_finished(state):
@@ -161,11 +159,19 @@ def _success(status: JobStatus, task: Task, milestone: Path | None) -> dict[str,
 def status_table(rows: Sequence[Mapping[str, Any]], silent: str) -> str:
     """The rows for a terminal, and a line of totals."""
     width = max([5, *(len(row["point"]) for row in rows)])
-    head = f"{'point':<{width}}  {'state':<11}{'step':>16}{'loss':>10}  {'success':<24}{'node':<12}{'restarts':>8}{'left':>8}"
-    lines = [
-        f"{row['point']:<{width}}  {row['state']:<11}{_steps(row):>16}{_number(row['loss']):>10}  "
-        f"{_rates(row['success']):<24}{row['node']:<12}{row['restarts']:>8}{_left(row['eta_s']):>8}  {row['note']}".rstrip()
+    columns = ("state", "step", "loss", "success", "node", "restarts", "left")
+    cells = [
+        (
+            *(row["state"], _steps(row), _number(row["loss"]), _rates(row["success"])),
+            *(row["node"], str(row["restarts"]), _left(row["eta_s"])),
+        )
         for row in rows
+    ]
+    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
+    texts = ["  ".join(text.ljust(size) for text, size in zip(line, widths, strict=True)) for line in [columns, *cells]]
+    head = f"{'point':<{width}}  {texts[0]}".rstrip()
+    lines = [
+        f"{row['point']:<{width}}  {text}  {row['note']}".rstrip() for row, text in zip(rows, texts[1:], strict=True)
     ]
     counts: dict[str, int] = {}
     for row in rows:

@@ -53,7 +53,10 @@ class StepCallback(Callback):
 def checkpoint_callback(folder: Path, interval: int) -> StepCallback:
     """Write the resume checkpoint every `interval` steps and at the end; the old one is replaced at once."""
 
-    return StepCallback(lambda step: step % interval == 0, lambda trainer, step: write_checkpoint(trainer, step, folder))
+    def save(trainer: L.Trainer, step: int) -> None:
+        write_checkpoint(trainer, step, folder)
+
+    return StepCallback(lambda step: step % interval == 0, save)
 
 
 def write_checkpoint(trainer: L.Trainer, step: int, folder: Path) -> None:

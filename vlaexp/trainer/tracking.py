@@ -118,7 +118,9 @@ class MlflowTracker(Tracker):
         self._client.log_artifact(self._run_id, str(path), folder)
 
     def finish(self, status: str) -> None:
-        self._client.set_terminated(self._run_id, {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}[status])
+        self._client.set_terminated(
+            self._run_id, {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}[status]
+        )
 
     def describe(self) -> str:
         return f"MLflow run {self._run_id} in {self._uri} (experiment {self._experiment})"

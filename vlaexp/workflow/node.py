@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from vlaexp.config import compose
-from vlaexp.errors import UserError
+from vlaexp.sweep.folder import stamps
 from vlaexp.sweep.jobs import Job, Task, parse
 from vlaexp.sweep.node import Tell, run_job
 
@@ -16,36 +18,48 @@ def work(folder: str, key: str) -> None:
 
 def perform(job: Job, plan: dict[str, Any], tell: Tell) -> list[Path]:
     """Run a job's tasks; returns policy folders and evidence."""
-    if job.phase != "evaluate" and job.tasks[0].verb == "eval":
-        return _evaluate(job.tasks[0], plan, tell)
-    return _train(job, plan, tell)
+    configs = [compose(task.verb, (*_overrides(task, job.phase), *plan["common"])) for task in job.tasks]
+    tell(inputs=stamps(path for cfg in configs for path in inputs(cfg)))
+    if job.tasks[0].verb == "eval":
+        return _evaluate(job.tasks[0], configs[0], tell)
+    return _train(job, configs, tell)
 
 
-def _evaluate(task: Task, plan: dict[str, Any], tell: Tell) -> list[Path]:
+def _evaluate(task: Task, cfg: DictConfig, tell: Tell) -> list[Path]:
     from vlaexp.workflow.evaluate import evaluate_verb
 
-    folder = evaluate_verb(compose("eval", (*task.overrides, *plan["common"]))).folder
+    folder = evaluate_verb(cfg).folder
     tell(evidence={task.name: [str(folder)]})
     return [folder]
 
 
-def _train(job: Job, plan: dict[str, Any], tell: Tell) -> list[Path]:
+def _train(job: Job, configs: list[DictConfig], tell: Tell) -> list[Path]:
     from vlaexp.workflow.train import train
 
     made: list[Path] = []
     runs: dict[str, str] = {}
-    for task in job.tasks:
-        overrides = task.overrides if job.phase != "train" else without_evaluation(task.overrides)
+    for task, cfg in zip(job.tasks, configs, strict=True):
 
         def on_run(run: Path, name: str = task.name) -> None:
             runs[name] = str(run)
             tell(runs=runs)
 
-        result = train(compose("train", (*overrides, *plan["common"])), on_run)
+        result = train(cfg, on_run)
         made += [*result.milestones.values(), *(found.folder for found in result.evaluation.values())]
     return made
 
 
-def without_evaluation(overrides: tuple[str, ...]) -> tuple[str, ...]:
-    """Overrides of the training alone."""
-    return (*(text for text in overrides if parse(text)[0].split(".")[0] != "eval"), "eval=none")
+def _overrides(task: Task, phase: str) -> tuple[str, ...]:
+    """Of a task; of the training alone where evaluations are jobs of their own."""
+    if phase != "train":
+        return task.overrides
+    return (*(text for text in task.overrides if parse(text)[0].split(".")[0] != "eval"), "eval=none")
+
+
+def inputs(cfg: DictConfig) -> list[str]:
+    """Files on this machine whose change makes a finished job stale: dataset, weights, evaluated policy."""
+    dataset, model, policy = (cfg.get(key) or {} for key in ("dataset", "model", "policy"))
+    found = [Path(root) / "meta" / "info.json" for root in [dataset.get("root")] if root]
+    for path in (model.get("weights"), policy.get("path")):
+        found += [Path(path), Path(path) / "manifest.json", Path(path) / "config.json"] if path else []
+    return [str(path.resolve()) for path in found if path.is_file()]

@@ -106,7 +106,7 @@ def start_missing(folder: SweepFolder, settings: Mapping[str, Any], foreground: 
         UserError: where SLURM does not say what is still under way.
     """
     plan = folder.read_plan()
-    statuses, silent = job_statuses(folder, plan)
+    statuses, _ = job_statuses(folder, plan)
     unknown = [status for status in statuses.values() if status.active is None]
     if unknown:
         raise UserError(
@@ -115,7 +115,8 @@ def start_missing(folder: SweepFolder, settings: Mapping[str, Any], foreground: 
         )
     jobs = [job for job in folder.jobs() if statuses[job.key].state != "finished" and not statuses[job.key].active]
     waiting = sum(bool(status.active) for status in statuses.values())
-    print(f"{len(statuses) - len(jobs) - waiting} jobs done, {waiting} under way, {len(jobs)} to start", file=sys.stderr)
+    done = len(statuses) - len(jobs) - waiting
+    print(f"{done} jobs done, {waiting} under way, {len(jobs)} to start", file=sys.stderr)
     if not jobs:
         return 0
     if _kind(settings) == "slurm":
@@ -133,18 +134,22 @@ def start_missing(folder: SweepFolder, settings: Mapping[str, Any], foreground: 
 
 def _submit_to_slurm(folder: SweepFolder, jobs: Sequence[Job], settings: Mapping[str, Any], name: str) -> None:
     """One array; evaluations of their own in a second, each element of which waits for its training's."""
-    first = [job for job in jobs if job.phase != "evaluate"]
-    after = [job for job in jobs if job.phase == "evaluate"]
     ids: dict[str, str] = {}
-    if first:
-        ids = slurm.submit(folder.path, work, [job.key for job in first], settings, name)
-        _note_submission(folder, {"kind": "slurm", "jobs": ids})
-    by_tasks = {job.tasks: ids[job.key] for job in first if job.phase == "train"}
-    dependent = [job for job in after if job.tasks in by_tasks]
-    for group, waits in ((dependent, [by_tasks[job.tasks] for job in dependent]), ([*filter(lambda j: j not in dependent, after)], [])):
+
+    def array(group: Sequence[Job], name: str, after: Sequence[str] = ()) -> None:
         if group:
-            found = slurm.submit(folder.path, work, [job.key for job in group], settings, f"{name}-eval", waits)
+            found = slurm.submit(folder.path, work, [job.key for job in group], settings, name, after)
             _note_submission(folder, {"kind": "slurm", "jobs": found})
+            ids.update(found)
+
+    def training(job: Job) -> str:
+        return replace(job, phase="train").key
+
+    array([job for job in jobs if job.phase != "evaluate"], name)
+    evaluations = [job for job in jobs if job.phase == "evaluate"]
+    waiting = [job for job in evaluations if training(job) in ids]
+    array([job for job in evaluations if training(job) not in ids], f"{name}-eval")
+    array(waiting, f"{name}-eval", [ids[training(job)] for job in waiting])
 
 
 def _note_submission(folder: SweepFolder, submission: dict[str, Any]) -> None:
@@ -203,7 +208,8 @@ def collect(cfg: DictConfig) -> StudyResult:
     missing = {row["point"]: row["note"] or row["state"] for row in rows if row["state"] != "finished"}
     evidence = _evidence(folder)
     if not evidence:
-        raise UserError(f"no point of the sweep in {folder.path} was evaluated; the first: {next(iter(missing.items()), '')}")
+        point, why = next(iter(missing.items()), ("", "no point evaluates (eval=none)"))
+        raise UserError(f"no point of the sweep in {folder.path} was evaluated; the first, {point}: {why}")
     log = _parent_log(cfg, folder)
     outcome = "failed"
     try:

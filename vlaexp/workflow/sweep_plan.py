@@ -1,8 +1,8 @@
 """What a sweep would run and cost, before it is submitted.
 
-A grid of a thousand points has few configurations that differ in cost: only the axes that change it are composed against
-each other, each value of the others once, which also finds every misspelt key. Torch is imported only where a size has to
-be computed that no run has measured.
+A grid of a thousand points has few configurations that differ in cost: only the axes that change it are composed
+against each other, each value of the others once, which also finds every misspelt key. Torch is imported only where a
+size has to be computed that no run has measured.
 """
 
 import json
@@ -40,8 +40,8 @@ class Looks:
         UserError: where a point does not compose; with the unknown key and the nearest name.
     """
 
-    def __init__(self, points: Sequence[Point], everywhere: Sequence[str]) -> None:
-        self._everywhere = everywhere
+    def __init__(self, points: Sequence[Point], common: Sequence[str]) -> None:
+        self._common = common
         self._memo: dict[tuple[str, ...], Look] = {}
         arms: dict[str, list[Point]] = {}
         for point in points:
@@ -64,7 +64,7 @@ class Looks:
         return matter
 
     def _look(self, point: Point, cell: Mapping[str, object]) -> Look:
-        overrides = (point.verb, *point.at(cell), *self._everywhere)
+        overrides = (point.verb, *point.at(cell), *self._common)
         if overrides not in self._memo:
             self._memo[overrides] = _look(*overrides)
         return self._memo[overrides]
@@ -108,9 +108,8 @@ def plan_sweep(cfg: DictConfig) -> SweepPlan:
     """
     if not cfg.arms:
         raise UserError("this study has no arms; choose one with experiment=..., see conf/experiment")
-    points = expand(resolved(cfg.arms))
-    everywhere = [*map(str, cfg.everywhere), f"outputs={cfg.outputs}"]
-    looks = Looks(points, everywhere)
+    points = expand(resolved(cfg.arms), [*map(str, cfg.everywhere)])
+    looks = Looks(points, [f"outputs={cfg.outputs}"])
     tasks = merge_steps(points, lambda point: looks.of(point).depends_on_total)
     jobs = pack(tasks, cfg.sweep.pack)
     first = {point.name: point for point in points}
@@ -127,8 +126,8 @@ def plan_sweep(cfg: DictConfig) -> SweepPlan:
     steps_vary = len({_steps_of(first[name], looks) for name in apart}) > 1
     if apart and steps_vary:
         notes.append(
-            f"{len(apart)} points have a schedule that depends on the total number of steps: they are trained apart, not "
-            "as milestones of one training (schedule=constant would let them be)"
+            f"{len(apart)} points have a schedule that depends on the total number of steps: they are trained apart, "
+            "not as milestones of one training (schedule=constant would let them be)"
         )
     return SweepPlan(points, jobs, {**cost, "gpu_hours": hours, "disk_gb": disk}, notes)
 
@@ -165,7 +164,9 @@ def _hours_and_disk(
         disk += (len(task.points) * sizes[look.work]["milestone"] + sizes[look.work]["checkpoint"]) * 2**30 / GB
     notes = [f"hours are of trainings alone, from steps measured on {', '.join(sorted(sources))}"] if sources else []
     if unmeasured:
-        notes.append(f"no step of {unmeasured} trainings was measured yet: hours unknown; train one for a few steps first")
+        notes.append(
+            f"no step of {unmeasured} trainings was measured yet: hours unknown; train one for a few steps first"
+        )
     return (None if unmeasured else hours), disk, notes
 
 

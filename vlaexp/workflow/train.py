@@ -17,13 +17,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from vlaexp import manifest
-from vlaexp.interruption import Interrupted
 from vlaexp.config import resolved, run_id
 from vlaexp.dataset.batches import ChunkDataset
 from vlaexp.dataset.demonstrations import Demonstrations
 from vlaexp.errors import UserError
 from vlaexp.eval.offline import held_out_error
 from vlaexp.head.base import Head
+from vlaexp.interruption import Interrupted
 from vlaexp.ledger import Ledger
 from vlaexp.trainer.build import build as build_policy
 from vlaexp.trainer.build import head_name, head_origin
