@@ -1,6 +1,7 @@
 """`vlaexp <verb> [overrides]`: the command line. Torch and Hydra are imported only when a verb really runs."""
 
 import argparse
+import atexit
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from vlaexp.errors import UserError, nearest
+from vlaexp.interruption import Interrupted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,17 +118,29 @@ def _run(verb: str, overrides: list[str]) -> int:
     from vlaexp.config_errors import explain
 
     text, failures = "", []
+    multirun = bool({"-m", "--multirun"} & set(overrides))
 
     def work(cfg: "DictConfig") -> None:
         try:
             if missing := sorted(OmegaConf.missing_keys(cfg)):
                 raise UserError(f"{', '.join(missing)} must be given, as {missing[0]}=VALUE; see vlaexp {verb} --help")
             import_module("vlaexp.workflow.verbs").run(verb, cfg)
-        except Exception as error:  # kept from Hydra, which would announce it in its own words
-            failures.append(error)
+        except Exception as error:
+            if multirun:  # Hydra's launcher carries it to the parent, and tells SLURM that all is well
+                if "SLURM_JOB_ID" in os.environ:
+                    atexit.register(os._exit, 1)
+                raise
+            failures.append(error)  # kept from Hydra, which would announce it in its own words
 
     try:
+        if multirun:
+            overrides = import_module("vlaexp.workflow.multirun").prepared(verb, overrides)
         _hydra_app(verb, overrides, work)
+    except UserError as error:
+        failures.append(error)
+    except Interrupted as stop:
+        print(f"vlaexp {verb}: stopped by {stop}; the same command goes on from there", file=sys.stderr)
+        return stop.exit_status
     except (HydraException, OmegaConfBaseException) as error:
         text = explain(verb, overrides, error)
     for failure in failures:

@@ -6,7 +6,7 @@ by the exception `Interrupted`. A second signal does not wait for a boundary.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,7 +29,7 @@ class Interrupted(BaseException):
 
 
 @contextmanager
-def listening(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+def listening(signals: Iterable[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Handle `signals` inside; to be entered in the main thread."""
     global _received
     _received = None

@@ -1,6 +1,7 @@
 """What each verb runs, and the lines with which it ends: what it made, and where."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from vlaexp import interruption
 from vlaexp.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -52,7 +54,10 @@ def _plan(cfg: DictConfig) -> None:
 def _train(cfg: DictConfig) -> None:
     from vlaexp.workflow.train import train
 
-    result = train(cfg)
+    # under Hydra's submitit launcher SIGUSR2 is submitit's, which puts the job back into the queue
+    ours = [number for number in interruption.SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    with interruption.listening({*ours, signal.SIGTERM}):
+        result = train(cfg)
     if not result.milestones:  # a data-parallel rank beside the first
         return
     evaluation = {step: found.summaries for step, found in result.evaluation.items()}
