@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -111,47 +112,60 @@ def _run(verb: str, overrides: list[str]) -> int:
     flags.add_argument("--config-dir", "-cd")
     if folder := flags.parse_known_args(overrides)[0].config_dir:
         os.environ["VLAEXP_CONFIG_DIR"] = folder  # for what composes further configurations (vlaexp/config.py)
-    from hydra.errors import HydraException
+    multirun = bool({"-m", "--multirun"} & set(overrides))
+    failures: list[Exception] = []
+    try:
+        if multirun:
+            overrides = import_module("vlaexp.workflow.multirun").prepared(verb, overrides)
+        _hydra_app(verb, overrides, partial(_work, verb, None if multirun else failures))
+    except Interrupted as stop:
+        print(f"vlaexp {verb}: stopped by {stop}; the same command goes on from there", file=sys.stderr)
+        return stop.exit_status
+    except Exception as error:
+        print(f"vlaexp {verb}: {_text(error, partial(_explained, verb, overrides))}", file=sys.stderr)
+        return 1
+    for failure in failures:
+        print(f"vlaexp {verb}: {_text(failure)}", file=sys.stderr)
+    return int(bool(failures))
+
+
+def _work(verb: str, failures: list[Exception] | None, cfg: "DictConfig") -> None:
+    """Run a verb; keep a failure from Hydra, which would announce it in its own words, save in a multirun."""
     from omegaconf import OmegaConf
+
+    try:
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError(f"{', '.join(missing)} must be given, as {missing[0]}=VALUE; see vlaexp {verb} --help")
+        import_module("vlaexp.workflow.verbs").run(verb, cfg)
+    except Exception as error:
+        if failures is not None:
+            failures.append(error)
+            return
+        if "SLURM_JOB_ID" in os.environ:
+            atexit.register(os._exit, 1)  # Hydra's launcher carries the error to the parent and tells SLURM all is well
+        raise
+
+
+def _text(failure: Exception, otherwise: Callable[[Exception], str] | None = None) -> str:
+    """What a user reads of a failure; one that is not meant for users is raised."""
+    # Hydra wraps what a constructor raises; the user's error is somewhere among the causes.
+    for cause in _causes(failure):
+        if isinstance(cause, UserError):
+            return str(cause)
+    if otherwise is None:
+        raise failure
+    return otherwise(failure)
+
+
+def _explained(verb: str, overrides: list[str], error: Exception) -> str:
+    from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
 
     from vlaexp.config_errors import explain
 
-    text, failures = "", []
-    multirun = bool({"-m", "--multirun"} & set(overrides))
-
-    def work(cfg: "DictConfig") -> None:
-        try:
-            if missing := sorted(OmegaConf.missing_keys(cfg)):
-                raise UserError(f"{', '.join(missing)} must be given, as {missing[0]}=VALUE; see vlaexp {verb} --help")
-            import_module("vlaexp.workflow.verbs").run(verb, cfg)
-        except Exception as error:
-            if multirun:  # Hydra's launcher carries it to the parent, and tells SLURM that all is well
-                if "SLURM_JOB_ID" in os.environ:
-                    atexit.register(os._exit, 1)
-                raise
-            failures.append(error)  # kept from Hydra, which would announce it in its own words
-
-    try:
-        if multirun:
-            overrides = import_module("vlaexp.workflow.multirun").prepared(verb, overrides)
-        _hydra_app(verb, overrides, work)
-    except UserError as error:
-        failures.append(error)
-    except Interrupted as stop:
-        print(f"vlaexp {verb}: stopped by {stop}; the same command goes on from there", file=sys.stderr)
-        return stop.exit_status
-    except (HydraException, OmegaConfBaseException) as error:
-        text = explain(verb, overrides, error)
-    for failure in failures:
-        # Hydra wraps what a constructor raises; the user's error is somewhere among the causes.
-        user_error = next((cause for cause in _causes(failure) if isinstance(cause, UserError)), None)
-        if user_error is None:
-            raise failure
-        text = str(user_error)
-    if text:
-        print(f"vlaexp {verb}: {text}", file=sys.stderr)
-    return int(bool(text))
+    if isinstance(error, InstantiationException) or not isinstance(error, HydraException | OmegaConfBaseException):
+        raise error
+    return explain(verb, overrides, error)
 
 
 def _hydra_app(verb: str, overrides: list[str], function: Callable[["DictConfig"], None]) -> None:

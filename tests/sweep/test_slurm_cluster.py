@@ -37,7 +37,7 @@ def given(slurm: SlurmCluster, job: str) -> set[str]:
 
 
 def test_one_element_of_an_array_is_cancelled_or_requeued(slurm: SlurmCluster) -> None:
-    script = "echo start $SLURM_RESTART_COUNT; [ -n \"$SLURM_RESTART_COUNT\" ] || sleep 60"
+    script = 'echo start $SLURM_RESTART_COUNT; [ -n "$SLURM_RESTART_COUNT" ] || sleep 60'
     job = slurm.sbatch(script, "--array=0-1", "--open-mode=append")
     slurm.wait(job, "RUNNING")
     slurm.cancel(f"{job}_0")
@@ -55,7 +55,7 @@ def test_a_job_that_fails_says_so(slurm: SlurmCluster) -> None:
 
 
 def test_a_lost_node_takes_its_job_with_it_and_the_job_comes_back(slurm: SlurmCluster) -> None:
-    job = slurm.sbatch("echo start $SLURM_RESTART_COUNT; [ -n \"$SLURM_RESTART_COUNT\" ] || sleep 60", "--nodelist=n2")
+    job = slurm.sbatch('echo start $SLURM_RESTART_COUNT; [ -n "$SLURM_RESTART_COUNT" ] || sleep 60', "--nodelist=n2")
     slurm.wait(job, "RUNNING")
     slurm.node_down("n2")
     assert slurm.node_states()["n2"].startswith("down")

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from vlaexp.workflow import sweep
 
 from vlaexp import cli
 from vlaexp.config import compose
 from vlaexp.errors import UserError
 from vlaexp.trainer.tracking import mlflow_client
+from vlaexp.workflow import sweep
 
 pytestmark = pytest.mark.slow
 MINI = """\

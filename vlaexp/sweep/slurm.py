@@ -81,8 +81,11 @@ def submit(
     try:
         executor.update_parameters(job_name=name, additional_parameters=extra, **known)
         jobs = executor.map_array(work, [str(folder)] * len(keys), list(keys))
-    except (FailedJobError, ValueError) as error:
+    except FailedJobError as error:
         raise UserError(refusal(str(error), settings)) from error
+    except ValueError as error:
+        text = str(error).splitlines()[0]
+        raise UserError(f"hydra/launcher=slurm: {text}; its keys are in conf/hydra/launcher/slurm.yaml") from error
     return {key: job.job_id for key, job in zip(keys, jobs, strict=True)}
 
 

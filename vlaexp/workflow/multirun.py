@@ -53,7 +53,9 @@ def merged(arguments: Sequence[str]) -> list[str]:
             "some of these points are milestones of one training and some, whose schedule depends on the total number "
             f"of steps, are not; a multirun cannot mix them, a sweep does: {submit_line(plain, grid)}"
         )
-    steps = [text for text in merge_steps(points, lambda _: False)[0].overrides if text.split("=")[0] in (STEPS, MILESTONES)]
+    steps = [
+        text for text in merge_steps(points, lambda _: False)[0].overrides if text.split("=")[0] in (STEPS, MILESTONES)
+    ]
     others = [text for text in arguments if text.split("=")[0] not in (STEPS, MILESTONES)]
     return [*others, *steps]
 
@@ -62,5 +64,9 @@ def submit_line(plain: Sequence[str], grid: dict[str, list[str]]) -> str:
     """The same grid as a sweep's command line."""
     axes = ",".join(f"{key}:[{','.join(values)}]" for key, values in grid.items())
     overrides = ",".join(json.dumps(text) for text in plain if not text.startswith("hydra"))
-    launcher = " ".join(text for text in plain if text.startswith("hydra"))
-    return f"vlaexp sweep submit name=grid '+arms.train={{overrides:[{overrides}],grid:{{{axes}}}}}' {launcher}".rstrip()
+    arm = f"'+arms.train={{overrides:[{overrides}],grid:{{{axes}}}}}'"
+    return " ".join(["vlaexp sweep submit name=grid", arm, *(text for text in plain if text.startswith("hydra"))])
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0]
