@@ -189,6 +189,7 @@ class SlurmCluster:
         """Bring a lost node back."""
         self._spawn(node, "slurmd", "-D", "-N", node)
         wait_for(lambda: self.node_states()[node] in ("idle", "mix", "alloc"), 60, f"node {node} does not come back")
+        time.sleep(3)  # the controller now repeats what the node missed: kills of jobs that may run there again
 
     def stop_controller(self) -> None:
         """Stop slurmctld; jobs run on, commands find nobody until `start_controller`.
