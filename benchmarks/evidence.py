@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.criteria import REGISTRY, Entry
 from benchmarks.surroundings import ROOT, surroundings
 
-MODULES = ("benchmarks.evidence_world", "benchmarks.evidence_policies", "benchmarks.evidence_project")
+MODULES = tuple(f"benchmarks.evidence_{name}" for name in ("world", "policies", "sweeps", "project"))
 
 
 def main() -> int:

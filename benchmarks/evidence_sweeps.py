@@ -75,6 +75,8 @@ def _seconds(outputs: str, name: str, steps: int, milestones: list[int]) -> floa
 def _synthetic_sweep(path: Path) -> None:
     """A sweep of which every point is finished and evaluated on two splits."""
     folder = SweepFolder(path)
+    summary = json.dumps({"success_rate": 0.5, "outcomes": [True, False] * 50})
+    progress = json.dumps({"step": 800, "max_steps": 800, "steps_per_s": 9.0, "train/loss": 1})
     jobs = pack(merge_steps(expand({"a": {"grid": AXES}}), lambda _: False), "none")
     folder.write_plan({"jobs": [job.to_dict() for job in jobs], "common": [], "launcher": {}, "submissions": []})
     for job in jobs:
@@ -84,10 +86,6 @@ def _synthetic_sweep(path: Path) -> None:
             for split in ("nominal", "shifted"):
                 evidence = run / "milestones" / f"step_{step:06d}" / "eval" / split
                 evidence.mkdir(parents=True)
-                (evidence / "summary.json").write_text(
-                    json.dumps({"success_rate": 0.5, "outcomes": [True, False] * 50})
-                )
-        (run / "progress.json").write_text(
-            json.dumps({"step": 800, "max_steps": 800, "steps_per_s": 9.0, "train/loss": 1})
-        )
+                (evidence / "summary.json").write_text(summary)
+        (run / "progress.json").write_text(progress)
         folder.update_state(job.key, state="finished", made=[str(run)], runs={task.name: str(run)})

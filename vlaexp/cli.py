@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest[0] not in ACTIONS[verb]:
             print(f"vlaexp {verb}: unknown action {rest[0]!r}; {nearest(rest[0], ACTIONS[verb])}", file=sys.stderr)
             return 2
-        rest = [f"action={rest[0]}", *rest[1:]]
+        rest = [*rest[1:], f"action={rest[0]}"]  # last: Hydra's flags cannot follow an override
     return _run(verb, rest)
 
 

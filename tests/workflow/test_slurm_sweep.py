@@ -67,7 +67,7 @@ class Study:
 
     def reached(self, rank: str, step: int) -> Callable[[], bool]:
         def check() -> bool:
-            runs = [path for path in (self.outputs / "runs").glob(f"tiny_joint_{rank}_*")]
+            runs = list((self.outputs / "runs").glob(f"tiny_joint_{rank}_*"))
             return bool(runs) and bool(rows := read_journal(runs[0])) and rows[-1][0] >= step
 
         return check

@@ -76,6 +76,8 @@ def _look(verb: str, *overrides: str) -> Look:
         config = resolved(cfg)
     if verb == "eval":
         return Look(cfg, "", 0, False)
+    if not isinstance(cfg.trainer.max_steps, int):
+        raise UserError(f"{STEPS}={cfg.trainer.max_steps}; expected a whole number of steps")
     longer = cfg.copy()
     OmegaConf.update(longer, STEPS, cfg.trainer.max_steps + 1)
     depends = identity(config, {}) != identity(resolved(longer), {})
