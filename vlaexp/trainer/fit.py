@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
 from vlaexp import interruption
@@ -116,6 +117,8 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         logger=journal,
+        # vlaexp puts itself back into the queue; two requeuers would fight
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         default_root_dir=folder,
         callbacks=[
             JournalStep(journal),
