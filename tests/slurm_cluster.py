@@ -20,6 +20,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "setpriv")
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # where Debian keeps the daemons
 GPU_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
+NODE_MARK = "VLAEXP_TEST_NODE"  # in the environment of a node's slurmd and slurmstepd
 NOT_STARTED = ("PENDING", "REQUEUED", "CONFIGURING")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
 
@@ -180,13 +181,18 @@ class SlurmCluster:
     def node_down(self, node: str) -> None:
         """Lose a node: its daemon and everything that runs on it die without a word."""
         self._end(node)
+        # slurmstepd first: one that outlives its job reports a failure of the job
+        self._kill(self.processes(f"{NODE_MARK}={node}"))
         self._kill(self.processes(f"SLURMD_NODENAME={node}"))
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+        # a new slurmd purges the scripts of jobs it finds here, and those of jobs just given to it with them
+        shutil.rmtree(self.folder / f"spool.{node}", ignore_errors=True)
 
     def node_up(self, node: str) -> None:
         """Bring a lost node back."""
         self._spawn(node, "slurmd", "-D", "-N", node)
         wait_for(lambda: self.node_states()[node] in ("idle", "mix", "alloc"), 60, f"node {node} does not come back")
+        time.sleep(3)  # the controller now repeats what the node missed: kills of jobs that may run there again
 
     def stop_controller(self) -> None:
         """Stop slurmctld; jobs run on, commands find nobody until `start_controller`.
@@ -229,7 +235,7 @@ class SlurmCluster:
         # pdeathsig: a test run that is killed leaves no daemon behind
         command = ["setpriv", "--pdeathsig", "KILL", path, *arguments]
         self._daemons[key] = subprocess.Popen(
-            command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
+            command, env={**self.env, NODE_MARK: key}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
         )
         log.close()
 

@@ -24,8 +24,8 @@ from vlaexp.data_types import Observation
 from vlaexp.dataset.lerobot import LeRobotFolder
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
+from vlaexp.trainer.journal import read_journal
 from vlaexp.trainer.policy_folder import load_policy
-from vlaexp.trainer.tracking import read_journal
 from vlaexp.workflow.packed import train_packed
 from vlaexp.workflow.train import TrainResult, build, train
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from vlaexp.config import compose
 from vlaexp.errors import UserError
-from vlaexp.trainer.tracking import Row, read_journal
+from vlaexp.trainer.journal import Row, read_journal
 from vlaexp.workflow.packed import Pack, train_packed
 from vlaexp.workflow.train import TrainResult, build, train
 

@@ -14,7 +14,7 @@ from vlaexp.env.pusht import PUSHT_SPEC
 from vlaexp.report.collect import collect_folders
 from vlaexp.report.compare import compare
 from vlaexp.report.render import render
-from vlaexp.trainer.tracking import JOURNAL
+from vlaexp.trainer.journal import JOURNAL
 from vlaexp.workflow.data import load_demonstrations
 
 SHORT = ["env.max_steps=20", "eval.episodes=2", "eval.num_envs=2", "eval.workers=0", "eval.videos=1", "tracker=csv"]

@@ -178,12 +178,6 @@ def _has_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
     return uses_expert(config, model) and not drawn_anew
 
 
-def writes_decoder(config: Mapping[str, Any], model: BaseModel, space: str) -> bool:
-    """Whether `build_head` changes weights of the model's decoder."""
-    restarts = uses_expert(config, model) and config["head"].get("init") == "scratch"
-    return restarts or pretrained_decoder(config, model, space) is not None
-
-
 def head_origin(config: Mapping[str, Any], model: BaseModel, space: str) -> str:
     """What the head starts from."""
     if pretrained_decoder(config, model, space) is not None:

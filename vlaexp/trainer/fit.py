@@ -10,8 +10,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
+from vlaexp import interruption
 from vlaexp.data_types import Batch
 from vlaexp.dataset.batches import ChunkDataset, Position, StepSampler
 from vlaexp.errors import UserError
@@ -20,6 +22,7 @@ from vlaexp.trainer.callbacks import (
     CHECKPOINT,
     JournalStep,
     StepProgress,
+    StopWhenAsked,
     TrainableOnly,
     checkpoint_callback,
     milestone_callback,
@@ -97,6 +100,9 @@ def fit(
 
     Returns:
         The optimizer steps done in all.
+
+    Raises:
+        Interrupted: where a signal asked for it; the checkpoint of that step is written.
     """
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -120,19 +126,22 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         logger=journal,
+        # vlaexp puts itself back into the queue; two requeuers would fight
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         default_root_dir=folder,
         callbacks=[
             JournalStep(journal),
             TrainableOnly(),
             milestone_callback(settings.milestones, on_milestone),
             checkpoint_callback(folder, settings.checkpoint_interval),
-            StepProgress(label),
+            StopWhenAsked(folder),
+            StepProgress(label, folder),
             *callbacks,
         ],
     )
     checkpoint = folder / CHECKPOINT
     head.strict_loading = False  # frozen weights are not in the checkpoint; TrainableOnly checks the others
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), interruption.deferred():
         for message in (".*does not have many workers.*", ".*not resumable.*", ".*litlogger.*", ".*LeafSpec.*"):
             warnings.filterwarnings("ignore", message=message)
         trainer.fit(

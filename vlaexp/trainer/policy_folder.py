@@ -30,7 +30,7 @@ from vlaexp.model.base import BaseModel
 from vlaexp.model.quantize import Known
 from vlaexp.model.sharing import own_memory, twin
 from vlaexp.model.weights import copy_strictly, read_safetensors
-from vlaexp.trainer.build import build_head, build_model, model_sizes, writes_decoder
+from vlaexp.trainer.build import build_head, build_model, model_sizes
 
 FILES = ("config.yaml", "head.safetensors", "norm_stats.json", "action_spec.json")
 
@@ -137,8 +137,6 @@ def _build_base(policy: _Opened) -> BaseModel:
 def _complete(policy: _Opened, model: BaseModel, known: Known | None) -> Head:
     """Head, adapter and trained weights on a base; `known` (4-bit weights so far) where it shares its weights."""
     folder, config = policy.folder, policy.config
-    if known is not None and writes_decoder(config, model, policy.spec.space):
-        own_memory(p for name, p in model.named_parameters() if model.part_of(name) == "decoder")
     head = build_head(config, model, policy.spec, policy.norm_stats)
     head.load_files(folder)
     freeze: Freeze = instantiate(config["freeze"], _convert_="all")

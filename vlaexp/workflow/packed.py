@@ -6,7 +6,7 @@ each.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 
+from vlaexp import interruption
 from vlaexp.config import resolved
 from vlaexp.dataset.demonstrations import Demonstrations
 from vlaexp.errors import UserError
@@ -35,20 +36,28 @@ SHARED = ("model.", "seed.", "trainer.accelerator.", "trainer.precision.", "trai
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")  # the others convert a model to a copy of its own
 
 
-def train_packed(cfgs: Sequence[DictConfig]) -> list[TrainResult | BaseException]:
+def train_packed(
+    cfgs: Sequence[DictConfig], on_run: Callable[[int, Path], object] = lambda place, run: None
+) -> list[TrainResult | BaseException]:
     """What `train` does with each configuration; a training that fails leaves its error and does not stop the others.
+
+    Args:
+        cfgs: configurations of `vlaexp train`.
+        on_run: told the place of each training in `cfgs` and its run folder, before the first step.
 
     Raises:
         UserError: where the trainings cannot share a process, before anything is built.
+        Interrupted: where a signal asked for it, once each training has saved itself at a step boundary.
     """
     check_packable([resolved(cfg) for cfg in cfgs])
     outcomes: dict[int, TrainResult | BaseException] = {}
     slots: dict[int, Slot] = {}
-    with ExitStack() as stack:
+    with interruption.deferred(), ExitStack() as stack:
         pack = Pack()
         for place, cfg in enumerate(cfgs):
             try:
                 slots[place] = pack.open(cfg, len(cfgs), stack)
+                on_run(place, slots[place].training.parts.run)
             except Exception as error:
                 outcomes[place] = error
         del pack  # and with it those weights of the base that every training has replaced by its own

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from vlaexp.dataset.batches import ChunkDataset
 from vlaexp.errors import UserError
 from vlaexp.eval.offline import held_out_error
 from vlaexp.head.base import Head
+from vlaexp.interruption import Interrupted
 from vlaexp.trainer.build import head_name, head_origin
 from vlaexp.trainer.callbacks import CHECKPOINT, checkpoint_step
 from vlaexp.trainer.fit import fit, val_loader
@@ -100,9 +101,16 @@ class Training:
         return TrainResult(run, self.folders, held_out, evaluate_milestones(self.cfg, self.folders, self.log))
 
 
-def train(cfg: DictConfig) -> TrainResult:
-    """Train, or continue, or find finished; then evaluate each milestone on the configured panel."""
+def train(cfg: DictConfig, on_run: Callable[[Path], object] | None = None) -> TrainResult:
+    """Train, or continue, or find finished; then evaluate each milestone on the configured panel.
+
+    Args:
+        cfg: configuration of `vlaexp train`.
+        on_run: told the run folder before the first step.
+    """
     parts = build(cfg)
+    if on_run is not None:
+        on_run(parts.run)
     parts.head.model.read_instructions(sorted(set(parts.demos.columns.instructions)))
     if getattr(rank_zero_only, "rank", 0) != 0:
         _follow(cfg, parts)
@@ -150,6 +158,9 @@ def opened(cfg: DictConfig, parts: Parts, packed: int = 1) -> Iterator[Training]
         try:
             yield Training(cfg, parts, data, val, log, folders, done, packed)
             status = "finished"
+        except Interrupted:
+            status = "interrupted"
+            raise
         finally:
             log.finish(status)
         print(log.describe(), file=sys.stderr)

@@ -1,14 +1,19 @@
 """What each verb runs, and the lines with which it ends: what it made, and where."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vlaexp.errors import UserError
+from vlaexp import interruption
+from vlaexp.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from vlaexp.workflow.sweep import StudyResult
 
 
 def run(verb: str, cfg: DictConfig) -> None:
@@ -50,7 +55,10 @@ def _plan(cfg: DictConfig) -> None:
 def _train(cfg: DictConfig) -> None:
     from vlaexp.workflow.train import train
 
-    result = train(cfg)
+    # under Hydra's submitit launcher SIGUSR2 is submitit's, which puts the job back into the queue
+    ours = [number for number in interruption.SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    with interruption.listening({*ours, signal.SIGTERM}):
+        result = train(cfg)
     if not result.milestones:  # a data-parallel rank beside the first
         return
     evaluation = {step: found.summaries for step, found in result.evaluation.items()}
@@ -91,13 +99,36 @@ def _report(cfg: DictConfig) -> None:
 
 
 def _sweep(cfg: DictConfig) -> None:
-    from vlaexp.workflow.study import study
+    from vlaexp.sweep.status import status_table
+    from vlaexp.workflow import sweep
 
-    result = study(cfg)
+    def show(rows: list[dict[str, Any]], silent: str) -> None:
+        _end(cfg, {"points": rows, "slurm_silent": silent}, status_table(rows, silent), [])
+
+    match cfg.action:
+        case "submit":
+            folder, plan = sweep.submit(cfg)
+            _end(cfg, plan.cost, "", [] if cfg.dry_run else [folder.path])
+        case "status":
+            sweep.status(cfg, show)
+        case "resume":
+            print(f"{sweep.resume(cfg)} jobs started")
+        case "cancel":
+            print(f"{sweep.cancel(cfg)} jobs cancelled; vlaexp sweep resume goes on from their last checkpoints")
+        case "collect" | "run":
+            _published(cfg, sweep.collect(cfg) if cfg.action == "collect" else sweep.run(cfg))
+        case other:
+            actions = ("submit", "status", "resume", "cancel", "collect", "run")
+            raise UserError(f"action={other}; {nearest(str(other), actions)}")
+
+
+def _published(cfg: DictConfig, result: "StudyResult") -> None:
     _end(cfg, result.comparison["rows"], rows_table(result.comparison["rows"]), result.files)
     if result.failed:
         listing = "; ".join(f"{name}: {text}" for name, text in result.failed.items())
-        raise UserError(f"{len(result.failed)} points failed ({listing}); run the same command again to retry them")
+        raise UserError(
+            f"{len(result.failed)} points are not in the report ({listing}); vlaexp sweep resume runs what is missing"
+        )
 
 
 def _pretrain(cfg: DictConfig) -> None:
