@@ -16,7 +16,8 @@ from vlaexp.config import NOT_IDENTITY, compose, config_dir, resolved, run_id
 from vlaexp.paths import PACKAGE
 
 CONF = config_dir()
-CHOICES = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml"))
+LAUNCHERS = CONF / "hydra" / "launcher"  # configured and checked by Hydra's plugins
+CHOICES = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml") if path.parent != LAUNCHERS)
 VERB_OF_GROUP = {"policy": "eval"}  # groups that `train` lacks
 OUTSIDE = {"optimizer": "torch.optim", "schedule": "transformers"}
 MODULES = {
@@ -83,6 +84,16 @@ def test_a_choice_composes_into_what_its_target_takes(file):
             for base in locate(mapping["_target_"]).__mro__:
                 unknown -= set(inspect.signature(base.__init__).parameters)
         assert not unknown, f"{mapping['_target_']} does not take {unknown}"
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCHERS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_launcher_composes_into_what_its_plugin_takes(file):
+    settings = compose("sweep", [f"hydra/launcher={file.stem}"]).launcher
+    assert locate(settings._target_).__module__.startswith("hydra_plugins.")
+    if file.stem == "slurm":
+        assert settings.timeout_min > 10, "submitit never takes a shorter limit for a preemption"
+        assert settings.max_num_timeout >= 1
+        assert settings.submitit_folder == "outputs/slurm/%j"
 
 
 @pytest.mark.parametrize("verb", VERBS)
