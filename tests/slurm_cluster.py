@@ -61,7 +61,9 @@ MinJobAge=3600
 InactiveLimit=0
 SlurmctldTimeout=30
 SlurmdTimeout=20
-MessageTimeout=10
+# a busy machine answers late
+MessageTimeout=60
+TCPTimeout=30
 CompleteWait=0
 MailProg=/bin/true
 PropagateResourceLimits=NONE

@@ -6,12 +6,14 @@ by the exception `Interrupted`. A second signal does not wait for a boundary.
 """
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 _received: signal.Signals | None = None
+_listening: frozenset[signal.Signals] = frozenset()
 _deferring = False
 
 
@@ -31,16 +33,25 @@ class Interrupted(BaseException):
 @contextmanager
 def listening(signals: Iterable[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Handle `signals` inside; to be entered in the main thread."""
-    global _received
-    _received = None
+    global _received, _listening
+    _received, outer = None, _listening
+    _listening = frozenset(signals)
     before = {number: signal.getsignal(number) for number in signals}
     for number in signals:
         signal.signal(number, _handle)
     try:
         yield
     finally:
+        _listening = outer
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def listen_again() -> None:
+    """Take back signals for which a library has put its own handler before ours."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _listening:
+            signal.signal(number, _handle)
 
 
 def ignore(signals: Sequence[signal.Signals] = SIGNALS) -> None:

@@ -86,6 +86,9 @@ class StopWhenAsked(Callback):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        interruption.listen_again()  # Lightning's own handler leaves without saving
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
