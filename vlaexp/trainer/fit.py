@@ -104,6 +104,7 @@ def fit(
     Raises:
         Interrupted: where a signal asked for it; the checkpoint of that step is written.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
