@@ -71,8 +71,8 @@ def test_a_choice_composes_into_what_its_target_takes(file):
         assert file.stem == "none"
         return
     data = OmegaConf.to_container(node, resolve=False)
-    # a size is part of a choice's name (openvla_7b), not of its module's
-    module = MODULES.get(group, f"vlaexp.{group}.{re.sub(r'_[0-9]+b$', '', file.stem)}")
+    # a size is part of a choice's name (openvla_7b, rdt_tiny), not of its module's; nor is a policy of LeRobot's
+    module = MODULES.get(group, f"vlaexp.{group}.{re.sub(r'_([0-9]+b|(act_|diffusion_)?tiny)$', '', file.stem)}")
     assert data["_target_"].rpartition(".")[0] == module
     for mapping in targets(data):
         parameters = inspect.signature(locate(mapping["_target_"])).parameters

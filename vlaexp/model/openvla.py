@@ -14,13 +14,14 @@ too, which would forbid to compute it once. Proprioception is not read; the publ
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
@@ -30,7 +31,7 @@ from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.model.action_tokenizer import ActionTokenizer
 from vlaexp.model.base import MaskKind, Prefix, PrefixModel
-from vlaexp.model.hub import locate
+from vlaexp.model.hub import decoder_folder, locate
 from vlaexp.model.layer_cache import Cache, again, run_layers, visible
 from vlaexp.model.layers import KeysValues
 from vlaexp.model.openvla_checkpoint import (
@@ -43,9 +44,11 @@ from vlaexp.model.openvla_checkpoint import (
     save_checkpoint,
 )
 from vlaexp.model.openvla_vision import Projector, Vision, resize
+from vlaexp.model.scratch import birthplace, check_sizes, word_tokenizer
 from vlaexp.model.weights import check_fit, fingerprint, read_shards
 
 EMPTY_WORD, EMPTY_ID = "\u2581", 29871  # as Llama-2 has it
+SPECIAL = ("<unk>", "<s>", "</s>", EMPTY_WORD)  # of the tokenizer of random weights
 SEEDS_FILE = "training_seeds.json"  # of merged weights: ranges of the episodes that they have seen
 PUBLISHED_DTYPE = "bfloat16"
 PROMPT_LENGTH = 25  # tokens of a usual prompt, for the meta device, where there is no tokenizer
@@ -83,11 +86,12 @@ class OpenVLA(PrefixModel):
     Args:
         cameras: the camera slots; one for the published model, several as in OpenVLA-OFT.
         state_dim, goal_dim: of the data; the model reads neither.
-        weights: a folder in the published format, or a hub id.
+        weights: a folder in the published format, a hub id, or None to start from random weights.
+        sizes: of random weights, fields of `OpenVLAConfig`; None for the published ones.
         revision: commit or branch of a hub id.
         unnorm_key: the pretraining dataset whose action statistics are used; None for those of the training data.
         unnorm_mode: the range that the checkpoint calls [-1, 1].
-        dtype: of the weights; None for that of the checkpoint.
+        dtype: of the weights; None for that of the checkpoint, float32 where there is none.
         center_crop: evaluate on the central 90% of the image's area; for policies trained with augmentation=openvla.
         gradient_checkpointing: compute activations again in the backward pass, layer by layer.
     """
@@ -102,7 +106,8 @@ class OpenVLA(PrefixModel):
         cameras: Sequence[str],
         state_dim: int | None,
         goal_dim: int,
-        weights: str = PUBLISHED,
+        weights: str | None = PUBLISHED,
+        sizes: Mapping[str, Any] | None = None,
         revision: str | None = None,
         unnorm_key: str | None = None,
         unnorm_mode: UnnormMode = "q01_q99",
@@ -115,15 +120,17 @@ class OpenVLA(PrefixModel):
             raise UserError("model.cameras=[]; OpenVLA needs at least one camera, as in model.cameras=[front]")
         self.cameras = tuple(cameras)
         on_meta = torch.get_default_device().type == "meta"
-        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision, PUBLISHED)
-        config = OpenVLAConfig() if folder is None else OpenVLAConfig.read(folder)
+        chosen = check_sizes(sizes, weights, [field.name for field in fields(OpenVLAConfig)])
+        no_files = weights is None or (on_meta and weights == PUBLISHED)
+        folder = None if no_files else locate(str(weights), revision, PUBLISHED)
+        config = OpenVLAConfig(**chosen) if folder is None else OpenVLAConfig.read(folder)
         text = config.llama()
         text._attn_implementation = "sdpa"
         self.config, self.width = config, text.hidden_size
         self.crops_at_evaluation, self._checkpointing = center_crop, gradient_checkpointing
         self._weights, self._unnorm_key = weights, unnorm_key
         self._unnorm_mode: UnnormMode = unnorm_mode
-        with torch.device("meta"):  # the weights bring their own memory
+        with birthplace(weights):
             self.vision = Vision(config)
             self.projector = Projector(self.vision.width, self.width)
             self.language = LlamaModel(text)
@@ -135,23 +142,33 @@ class OpenVLA(PrefixModel):
         }
         self._fingerprint = "no weights on the meta device"
         self._bos, self._end, self._empty, self.tokenizer = 1, 2, EMPTY_ID, None
+        default = "float32" if weights is None else PUBLISHED_DTYPE
         if on_meta:
-            self.to(getattr(torch, dtype or PUBLISHED_DTYPE))
+            self.to(getattr(torch, dtype or default))
             return
-        assert folder is not None
-        self._folder = folder
-        self.tokenizer = read_tokenizer(folder, config)
+        self.tokenizer = self._read_tokenizer(folder)
         self._bos, self._end, self._empty = (self._id(word) for word in ("<s>", "</s>", EMPTY_WORD))
+        if folder is None:
+            self.to(getattr(torch, dtype or default))
+        else:
+            self._load(folder, None if dtype is None else getattr(torch, dtype))
+        self._fingerprint = fingerprint(self.state_dict())
+        self.input_stats()  # an unknown key shall fail here
+
+    def _read_tokenizer(self, folder: Path | None) -> Tokenizer:
+        if folder is None:
+            return word_tokenizer(SPECIAL, self.action_tokenizer.first)
+        return read_tokenizer(folder, self.config)
+
+    def _load(self, folder: Path, dtype: torch.dtype | None) -> None:
+        self._folder = folder
         own = self.state_dict()
         given = read_shards(folder)
         check_fit({published_name(name): value for name, value in own.items()}, given, str(folder))
-        wanted = None if dtype is None else getattr(torch, dtype)
-        self.load_state_dict({name: given[published_name(name)].to(wanted) for name in own}, assign=True)
-        self.language.rotary_emb = LlamaRotaryEmbedding(text)  # its frequencies are in no file
-        self._fingerprint = fingerprint(self.state_dict())
+        self.load_state_dict({name: given[published_name(name)].to(dtype) for name in own}, assign=True)
+        self.language.rotary_emb = LlamaRotaryEmbedding(self.language.config)  # its frequencies are in no file
         if (folder / SEEDS_FILE).exists():
             self.training_seeds = tuple((low, high) for low, high in json.loads((folder / SEEDS_FILE).read_text()))
-        self.input_stats()  # an unknown key shall fail here
 
     def _id(self, word: str) -> int:
         assert self.tokenizer is not None
@@ -177,8 +194,7 @@ class OpenVLA(PrefixModel):
         return self._fingerprint
 
     def pretrained_decoder(self, head: str, space: str) -> Path | None:
-        folder = Path(self._weights).expanduser() / f"{head}_{space}"
-        return folder if folder.is_dir() else None
+        return decoder_folder(self._weights, head, space)
 
     def save_weights(self, folder: Path, input_stats: NormStats, training_seeds: Sequence[tuple[int, int]]) -> None:
         """In the published format, the language model's head included, with two more files."""

@@ -50,6 +50,11 @@ def merge(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"head={head.name} has no form for merged weights; keep the policy folder {policy}")
     if not adapters(head.model):
         raise UserError(f"policy {policy} has no adapter to merge; it was trained with lora=none")
+    if head.model.large and record["base"]["weights"] is None:
+        raise UserError(
+            f"policy {policy} stands on random weights (model.weights=null), which are in no published format; keep the "
+            "policy folder, it holds all that was trained"
+        )
     observation = made_up_batch(head, OBSERVATIONS).observation
     before = _actions(head, observation)
     merge_adapter(head.model)
