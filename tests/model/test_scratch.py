@@ -70,13 +70,13 @@ def test_a_tiny_form_reads_words(choice: str, make_observation: Any) -> None:
 def test_sizes_are_for_random_weights() -> None:
     with pytest.raises(UserError, match=r"model.sizes=\{'depth': 3\} is for random weights, model.weights=some/hub-id"):
         check_sizes({"depth": 3}, "some/hub-id", ["depth"])
-    with pytest.raises(UserError, match="model.sizes has 'dept', which this base lacks"):
+    with pytest.raises(UserError, match=r"model\.sizes has 'dept', which this base lacks"):
         check_sizes({"dept": 3}, None, ["depth", "width"])
     with pytest.raises(UserError, match=r"model.sizes has \['language'\] but not \['expert', 'vision'\]; give all of"):
         build("pi0_tiny", "flow", "~model.sizes.vision", "~model.sizes.expert")
-    with pytest.raises(UserError, match="of model.sizes.vision gives 16 tokens of width 96 per image"):
+    with pytest.raises(UserError, match=r"of model\.sizes\.vision gives 16 tokens of width 96 per image"):
         build("rdt_tiny", "diffusion", "model.sizes.vision.patch_size=16")
-    with pytest.raises(UserError, match="model.sizes resizes images to"):
+    with pytest.raises(UserError, match=r"model\.sizes resizes images to"):
         build("smolvla_tiny", "flow", "model.sizes.resize_imgs_with_padding=[32,32]")
 
 

@@ -89,8 +89,9 @@ def vision_config(folder: Path | None, rdt: RDTConfig, sizes: Mapping[str, Any] 
     assert isinstance(config.patch_size, int)
     tokens = ((config.image_size // config.patch_size) ** 2, config.hidden_size)
     if tokens != (rdt.num_patches, rdt.img_token_dim):
+        source = f"in {folder}" if folder else "of model.sizes.vision"
         raise UserError(
-            f"the SigLIP {f'in {folder}' if folder else 'of model.sizes.vision'} gives {tokens[0]} tokens of width {tokens[1]} per image, this RDT was trained on "
+            f"the SigLIP {source} gives {tokens[0]} tokens of width {tokens[1]} per image, this RDT was trained on "
             f"{rdt.num_patches} of width {rdt.img_token_dim}; set model.vision_weights to the one that it used"
         )
     config.vision_use_head = False

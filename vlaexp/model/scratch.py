@@ -1,7 +1,8 @@
 """Large bases from random weights (`model.weights=null`), at sizes of the user's choice (`model.sizes=`).
 
-What stands in for the files of a checkpoint: a tokenizer of the embedded world's words, and a fixed vector for each word
-where a base reads the output of a text encoder. Without `model.sizes` the random base is as large as the published one.
+What stands in for the files of a checkpoint: a tokenizer of the embedded world's words, and a fixed vector for each
+word where a base reads the output of a text encoder. Without `model.sizes` the random base is as large as the published
+one.
 """
 
 import re

@@ -120,8 +120,8 @@ class SmolVLA(FlowVLA):
         self.side = side
         if {*config.resize_imgs_with_padding} != {side}:
             raise UserError(
-                f"{folder or 'model.sizes'} resizes images to {config.resize_imgs_with_padding}; expected {(side, side)}, for which its "
-                "vision tower was made; use another checkpoint, or another model.vlm"
+                f"{folder or 'model.sizes'} resizes images to {config.resize_imgs_with_padding}; expected "
+                f"{(side, side)}, for which its vision tower was made; use another checkpoint, or another model.vlm"
             )
         self.check_state(state_dim)
         with birthplace(weights):
