@@ -76,6 +76,10 @@ def test_sizes_are_for_random_weights() -> None:
         build("pi0_tiny", "flow", "~model.sizes.vision", "~model.sizes.expert")
     with pytest.raises(UserError, match=r"of model\.sizes\.vision gives 16 tokens of width 96 per image"):
         build("rdt_tiny", "diffusion", "model.sizes.vision.patch_size=16")
+    with pytest.raises(UserError, match=r"language_embeddings=some/folder; .*go with"):
+        build("rdt_tiny", "diffusion", "model.language_embeddings=some/folder")
+    with pytest.raises(UserError, match=r"model\.weights=some/folder, .*language_embeddings=None; loaded weights need"):
+        build("rdt_1b", "diffusion", "model.weights=some/folder", "model.language_embeddings=null")
     with pytest.raises(UserError, match=r"model\.sizes resizes images to"):
         build("smolvla_tiny", "flow", "model.sizes.resize_imgs_with_padding=[32,32]")
 

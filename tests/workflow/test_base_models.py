@@ -10,7 +10,7 @@ from vlaexp import cli
 from vlaexp.config import compose
 from vlaexp.sweep.grid import expand
 
-ARMS = {"lerobot", "rdt", "expert", "openvla", "baseline"}
+ARMS = {"lerobot", "rdt", "expert", "tokens", "regression", "baseline"}
 SHRUNK = [
     "eval=nominal",
     "eval.episodes=2",

@@ -161,6 +161,7 @@ class OpenVLA(PrefixModel):
         return read_tokenizer(folder, self.config)
 
     def _load(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Weights of a folder, every key accounted for."""
         self._folder = folder
         own = self.state_dict()
         given = read_shards(folder)

@@ -128,16 +128,18 @@ class Pi0(FlowVLA):
         if folder is None or on_meta:
             self.cast(dtype)
             if not on_meta:
-                self.begin = (0,)
-                self.tokenizer = word_tokenizer((BOS, "<unk>"), self.language.config.vocab_size)
+                self._read_tokenizer(None, tokenizer)
                 self._fingerprint = fingerprint(self.state_dict())
             return
         self._read_tokenizer(folder, tokenizer)
         self.load(read_checkpoint(folder, given), dtype)
         self._fill()
 
-    def _read_tokenizer(self, folder: Path, given: str | None) -> None:
-        if given is not None or not (folder / "tokenizer.json").exists():
+    def _read_tokenizer(self, folder: Path | None, given: str | None) -> None:
+        if folder is None and given is None:
+            self.begin, self.tokenizer = (0,), word_tokenizer((BOS, "<unk>"), self.language.config.vocab_size)
+            return
+        if folder is None or given is not None or not (folder / "tokenizer.json").exists():
             folder = locate(given or TOKENIZER, None, TOKENIZER, "model.tokenizer", ("tokenizer.json",))
         self.keep_tokenizer(found := read_tokenizer(folder), folder, TOKENIZER)
         if (bos := found.token_to_id(BOS)) is None:

@@ -21,11 +21,10 @@ class VisionLanguageExpert(nn.Module):
         width = language["hidden_size"]
         tower = {"model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": width, **vision}
         text = {"model_type": "gemma", "hidden_activation": ACTIVATION, **language}
-        self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(
-            PaliGemmaConfig(vision_config=tower, text_config=text, projection_dim=width)
-        )
-        self.gemma_expert = PiGemmaForCausalLM(GemmaConfig(hidden_activation=ACTIVATION, **expert))
-        self.gemma_expert.model.embed_tokens = None  # actions are no words
+        whole = {"vision_config": tower, "text_config": text, "projection_dim": width}
+        self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(PaliGemmaConfig(**whole))
+        self.gemma_expert = PiGemmaForCausalLM(GemmaConfig(**{"hidden_activation": ACTIVATION, **expert}))
+        setattr(self.gemma_expert.model, "embed_tokens", None)  # noqa: B010 - actions are no words; its type says Tensor
 
 
 class FlowMatching(PI0Pytorch):

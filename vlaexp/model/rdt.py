@@ -122,6 +122,12 @@ class RDT(PrefixModel):
         super().__init__()
         on_meta = torch.get_default_device().type == "meta"
         chosen = check_sizes(sizes, weights, ["vision", *(field.name for field in fields(RDTConfig))])
+        if (weights is None) != (language_embeddings is None) or (weights is None and vision_weights is not None):
+            raise UserError(
+                f"model.weights={weights}, model.vision_weights={vision_weights}, model.language_embeddings="
+                f"{language_embeddings}; loaded weights need embeddings of T5, random ones (model.weights=null) go "
+                "with model.language_embeddings=null and model.vision_weights=null"
+            )
         tower = chosen.pop("vision", SO400M)
         no_files = weights is None or (on_meta and weights == PUBLISHED)
         folder = None if no_files else locate(str(weights), revision, PUBLISHED, files=FILES)

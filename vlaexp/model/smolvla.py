@@ -111,7 +111,7 @@ class SmolVLA(FlowVLA):
             refuse(given, EXPECTED, folder)
         config = _config(given)
         named = vlm or config.vlm_model_name
-        no_vlm = weights is None or (on_meta and named == VLM)
+        no_vlm = (weights is None and vlm is None) or (on_meta and named == VLM)
         source = None if no_vlm else locate(named, None, VLM, "model.vlm", VLM_FILES)
         vlm_config = _vlm_config(source, chosen.get("vision_language", {}))
         side = vlm_config.vision_config.image_size
@@ -135,14 +135,18 @@ class SmolVLA(FlowVLA):
             "embeddings": f"{name}.embed_tokens",
             "last_layer": f"{name}.layers.{self.language.config.num_hidden_layers - 1}",
         }
-        if folder is None or source is None or on_meta:
+        if on_meta:
             self.cast(dtype)
-            if not on_meta:
-                self.tokenizer = word_tokenizer(("<unk>",), self.language.config.vocab_size)
-                self._fingerprint = fingerprint(self.state_dict())
             return
-        self.keep_tokenizer(read_tokenizer(source), source, VLM)
-        self.load(read_checkpoint(folder, given), dtype)
+        if source is None:
+            self.tokenizer = word_tokenizer(("<unk>",), self.language.config.vocab_size)
+        else:
+            self.keep_tokenizer(read_tokenizer(source), source, VLM)
+        if folder is None:
+            self.cast(dtype)
+            self._fingerprint = fingerprint(self.state_dict())
+        else:
+            self.load(read_checkpoint(folder, given), dtype)
         assert not any(buffer.is_meta for buffer in self.buffers())
 
     @property
