@@ -29,7 +29,7 @@ from vlaexp.trainer.build import head_name, head_origin
 from vlaexp.trainer.callbacks import CHECKPOINT, checkpoint_step
 from vlaexp.trainer.dry_run import find_dead_adapters
 from vlaexp.trainer.fit import Fit, fit, val_loader
-from vlaexp.trainer.policy_folder import save_policy
+from vlaexp.trainer.policy_folder import load_policy, save_policy
 from vlaexp.trainer.tracking import RunLog, flat_params
 from vlaexp.workflow.data import assign_cameras, load_demonstrations, training_frames
 from vlaexp.workflow.evaluate import EvalResult, evaluate_milestones
@@ -146,7 +146,9 @@ def _train_locked(cfg: DictConfig, parts: Parts) -> TrainResult:
     try:
         if done < settings.max_steps:
             fit(head, data, val, settings, run, log, milestone, run.name)
-        held_out = _held_out(parts, val)
+        # a training found finished has left `head` as it was built
+        last = head if done < settings.max_steps else load_policy(folders[settings.max_steps])
+        held_out = _held_out(parts, last, val)
         if held_out:
             (run / "held_out.json").write_text(json.dumps(held_out, indent=1) + "\n")
             errors = {f"held_out/{name}": value for name, value in held_out.items() if name.endswith("_mse")}
@@ -176,12 +178,12 @@ def _chunks(cfg: DictConfig, parts: Parts) -> tuple[ChunkDataset, ChunkDataset |
     return chunks(demos.split.train), chunks(demos.split.val) if demos.split.val else None
 
 
-def _held_out(parts: Parts, val: ChunkDataset | None) -> dict[str, Any]:
+def _held_out(parts: Parts, head: Head, val: ChunkDataset | None) -> dict[str, Any]:
     loader = val_loader(val, parts.settings)
     if loader is None:
         return {}
     mean = parts.demos.statistics().quantities["action"].mean  # the head's may be of the weights
-    return held_out_error(parts.head.eval().cpu(), loader, mean)
+    return held_out_error(head.eval().cpu(), loader, mean)
 
 
 def _announce(parts: Parts, data: ChunkDataset, val: ChunkDataset | None, done: int) -> None:
