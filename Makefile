@@ -4,7 +4,7 @@ SHELL := bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-slow test-mujoco check bench evidence evidence-all lock clean
+.PHONY: help setup setup-slurm demo test test-slow test-slurm test-mujoco check bench bench-gpu evidence evidence-all lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,10 +18,16 @@ demo: setup ## the main job: record, fine-tune four action heads, evaluate, comp
 	$(BIN)/vlaexp sweep experiment=action_representations
 
 test: setup ## the fast tests
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not slurm and not server"
 
 test-slow: setup ## the slow tests
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not slurm and not server"
+
+setup-slurm: ## bring SLURM, munge and PostgreSQL for test-slurm, as root on Debian or Ubuntu; elsewhere say what to do
+	@.ci/setup-slurm
+
+test-slurm: setup ## sweeps on a real SLURM cluster, trackers on real MLflow and PostgreSQL servers
+	$(PYTEST) -m "(slurm or server) and not gpu" -rs
 
 test-mujoco: setup ## the tests of the embedded world on MuJoCo 4
 	PATH=$(CURDIR)/.uv/bin:$$PATH uv pip install --no-config --quiet --python $(BIN)/python --no-deps \
@@ -36,6 +42,9 @@ check: setup ## format, lint, types, layers
 
 bench: setup ## measure speeds side by side; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.speed
+
+bench-gpu: setup ## the large bases on a GPU: memory, speed, latency; results go to benchmarks/results
+	$(BIN)/python -m benchmarks.gpu
 
 evidence: setup ## the quick criteria: does the project do what it says? (outputs/evidence.json)
 	$(BIN)/python -m benchmarks.evidence

@@ -29,16 +29,17 @@ class Entry:
     name: str
     long: bool
     measure: Measure
+    needs_gpu: bool = False
 
 
 REGISTRY: list[Entry] = []
 
 
-def measures(long: bool = False) -> Callable[[Measure], Measure]:
+def measures(long: bool = False, needs_gpu: bool = False) -> Callable[[Measure], Measure]:
     """Register a measurement under its function's name."""
 
     def register(function: Measure) -> Measure:
-        REGISTRY.append(Entry(function.__name__, long, function))
+        REGISTRY.append(Entry(function.__name__, long, function, needs_gpu))
         return function
 
     return register

@@ -1,7 +1,8 @@
 """`make evidence`: does the project do what it says? Runs the registered criteria and writes outputs/evidence.json.
 
 Quick criteria by default; `--all` adds those that take minutes each; names as arguments choose some. A criterion that
-fails, or raises, stays in the list as failed, and the exit status is 1. Rows of criteria that are not run now are kept;
+fails, or raises, stays in the list as failed, and the exit status is 1; one that needs a GPU where there is none is
+listed as not run (`passed` is null). Rows of criteria that are not run now are kept;
 each row names its commit and date.
 """
 
@@ -13,10 +14,12 @@ import traceback
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from benchmarks.criteria import REGISTRY, Entry
 from benchmarks.surroundings import ROOT, surroundings
 
-MODULES = ("benchmarks.evidence_world", "benchmarks.evidence_policies", "benchmarks.evidence_project")
+MODULES = tuple(f"benchmarks.evidence_{name}" for name in ("world", "policies", "sweeps", "project", "gpu"))
 
 
 def main() -> int:
@@ -38,8 +41,11 @@ def main() -> int:
     for entry in chosen:
         rows += run(entry)
         path.write_text(json.dumps(kept + rows, indent=1) + "\n")
-    failed = [row["criterion"] for row in rows if not row["passed"]]
-    print(f"{len(rows) - len(failed)} of {len(rows)} criteria passed; failed: {failed or 'none'}\nmade {path}")
+    failed, not_run = ([row["criterion"] for row in rows if row["passed"] is kind] for kind in (False, None))
+    print(
+        f"{len(rows) - len(failed) - len(not_run)} of {len(rows)} criteria passed; failed: {failed or 'none'}; "
+        f"not run: {not_run or 'none'}\nmade {path}"
+    )
     return 1 if failed else 0
 
 
@@ -51,6 +57,9 @@ def command(entry: Entry) -> str:
 def run(entry: Entry) -> list[dict[str, Any]]:
     """The rows of one measurement; one failed row if it raises."""
     about = {"command": command(entry), **surroundings()}
+    if entry.needs_gpu and not torch.cuda.is_available():
+        print(f"---  {entry.name}: not run, it needs a GPU", flush=True)
+        return [{"criterion": entry.name, "value": None, "bound": "needs a GPU", "n": 0, "passed": None, **about}]
     began = time.monotonic()
     rows = []
     try:

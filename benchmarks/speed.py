@@ -18,6 +18,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from benchmarks.packing import RANKS, STEPS, in_turn, packed
 from benchmarks.surroundings import ROOT, surroundings
 from vlaexp.config import compose, resolved
 from vlaexp.dataset.record import Recorder, features, record_episode
@@ -27,7 +28,7 @@ from vlaexp.env.vector import VectorEnv
 from vlaexp.eval.rollout import run_episodes
 from vlaexp.trainer.fit import Fit, fit, train_loader
 from vlaexp.trainer.policy_folder import load_policy
-from vlaexp.trainer.tracking import RunLog
+from vlaexp.trainer.run_log import RunLog
 from vlaexp.workflow.data import training_frames
 from vlaexp.workflow.train import build, train
 
@@ -39,7 +40,7 @@ HEADS = ("joint", "ee_delta", "discrete_token", "flow")
 
 @dataclass(frozen=True)
 class Row:
-    """One speed beside its alternative; `ratio` is ours over theirs."""
+    """One speed (time, memory) beside its alternative; `ratio` is ours over theirs."""
 
     what: str
     unit: str
@@ -58,7 +59,14 @@ def main() -> int:
     outputs.mkdir(parents=True)
     torch.set_num_threads(2)
     rows: list[Row] = []
-    parts: tuple[Callable[[Path], Iterator[Row]], ...] = (control, demonstrations, loading, training, evaluation)
+    parts: tuple[Callable[[Path], Iterator[Row]], ...] = (
+        control,
+        demonstrations,
+        loading,
+        training,
+        packing,
+        evaluation,
+    )
     for part in parts:
         for row in part(outputs):
             rows.append(row)
@@ -233,6 +241,17 @@ def train_rate(cfg: Any, outputs: Path) -> float:
     fit(parts.head, data, None, settings, folder, log, lambda step: marks.update({step: time.perf_counter()}), "speed")
     log.finish("finished")
     return 100 * 64 / (marks[120] - marks[20])
+
+
+def packing(outputs: Path) -> Iterator[Row]:
+    """Ranks packed into one process, against one rank alone (memory) and each in turn in fresh processes (time)."""
+    dataset = outputs / "datasets" / "tabletop_pick"
+    together, apart = packed(outputs / "together", dataset), in_turn(outputs / "apart", dataset)
+    ranks = f"{', '.join(RANKS)} of model=tiny, {STEPS} steps each, in one process"
+    largest = max(cost.peak_mb for cost in apart)
+    yield Row(f"peak memory of {ranks}", "MB", together.peak_mb, "the largest of them alone", largest)
+    in_sequence = sum(cost.seconds for cost in apart)
+    yield Row(f"time of {ranks}", "s", together.seconds, "one process after the other", in_sequence)
 
 
 def evaluation(outputs: Path) -> Iterator[Row]:

@@ -4,6 +4,9 @@ Shapes annotated with jaxtyping are checked at run time here, and only here.
 """
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +14,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 from jaxtyping import install_import_hook
+from slurm_cluster import SlurmCluster, missing_programs
+from tracking_servers import MlflowServer, PostgresServer, postgres_programs
 
 CHECKED = [f"vlaexp.{name}" for name in ("data_types", "dataset", "env.tabletop.kinematics", "head", "model")]
 _hook = install_import_hook(CHECKED, "beartype.beartype")
@@ -39,6 +44,14 @@ def rdt_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pusht_demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small dataset with the columns of lerobot/pusht."""
+    from pusht_dataset import write
+
+    return write(tmp_path_factory.mktemp("datasets") / "pusht")
+
+
+@pytest.fixture(scope="session")
 def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Outputs folder of the session; holds the dataset `tabletop_pick` of 8 demonstrations."""
     from vlaexp.config import compose
@@ -55,6 +68,55 @@ def outputs(shared_outputs: Path, tmp_path: Path) -> Path:
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "tabletop_pick").symlink_to(shared_outputs / "datasets" / "tabletop_pick")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A real SLURM of 2 nodes with 2 GPUs each; skips where its packages are missing."""
+    if missing := missing_programs():
+        pytest.skip(f"no SLURM here ({', '.join(missing)} missing); run `make setup-slurm`")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    cluster = SlurmCluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """The session's cluster, chosen by this process's SLURM_CONF, idle before and after the test."""
+    monkeypatch.setenv("SLURM_CONF", slurm_cluster.env["SLURM_CONF"])
+    yield slurm_cluster
+    slurm_cluster.reset()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A real `mlflow server` on SQLite."""
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow_server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A real PostgreSQL; skips where it is missing."""
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL here; run `make setup-slurm`")
+    pytest.importorskip("psycopg", reason="psycopg is missing; install vlaexp[postgres]")
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest's own folders are closed to the user postgres
+    server = PostgresServer(folder, programs)
+    try:
+        server.start()
+        yield server
+        server.stop()
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture

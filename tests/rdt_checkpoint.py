@@ -134,11 +134,11 @@ def write_siglip(folder: Path) -> Path:
 
 
 def write_language(folder: Path, instructions: Mapping[str, np.ndarray] | None = None) -> Path:
-    """A cache of embeddings, by default those of `INSTRUCTIONS`."""
+    """A cache of embeddings, by default those of `INSTRUCTIONS`, and of the empty one, which training needs."""
     from vlaexp.model.rdt_language import embedding_file
 
     given = dict(zip(INSTRUCTIONS, language(), strict=True)) if instructions is None else instructions
-    for instruction, embedding in given.items():
+    for instruction, embedding in {"": noise("", 1, LANGUAGE_WIDTH), **given}.items():
         path = embedding_file(folder, instruction)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"embedding": embedding}, path, metadata={"instruction": instruction})

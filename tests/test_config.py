@@ -16,14 +16,14 @@ from vlaexp.config import NOT_IDENTITY, compose, config_dir, resolved, run_id
 from vlaexp.paths import PACKAGE
 
 CONF = config_dir()
-CHOICES = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml"))
+LAUNCHERS = CONF / "hydra" / "launcher"  # configured and checked by Hydra's plugins
+CHOICES = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml") if path.parent != LAUNCHERS)
 VERB_OF_GROUP = {"policy": "eval"}  # groups that `train` lacks
 OUTSIDE = {"optimizer": "torch.optim", "schedule": "transformers"}
 MODULES = {
     "action_space": "vlaexp.dataset.demonstrations",
     "augmentation": "vlaexp.dataset.augment",
     "dataset": "vlaexp.dataset.demonstrations",
-    "env": "vlaexp.env.tabletop",
     "eval": "vlaexp.eval.split",
     "freeze": "vlaexp.lora",
     "lora": "vlaexp.lora",
@@ -60,7 +60,7 @@ def locate(target: str):
 
 def test_there_are_choices():
     assert len(CHOICES) > 40
-    assert {str(file.parent) for file in CHOICES} == {*MODULES, "head", "model", "experiment"}
+    assert {str(file.parent) for file in CHOICES} == {*MODULES, "env", "head", "model", "experiment"}
 
 
 @pytest.mark.parametrize("file", [file for file in CHOICES if str(file.parent) != "experiment"], ids=str)
@@ -71,8 +71,10 @@ def test_a_choice_composes_into_what_its_target_takes(file):
         assert file.stem == "none"
         return
     data = OmegaConf.to_container(node, resolve=False)
-    # a size is part of a choice's name (openvla_7b, rdt_tiny), not of its module's; nor is a policy of LeRobot's
-    module = MODULES.get(group, f"vlaexp.{group}.{re.sub(r'_([0-9]+b|(act_|diffusion_)?tiny)$', '', file.stem)}")
+    # a size is part of a choice's name (openvla_7b, rdt_tiny), not of its module's; so is a policy of LeRobot's
+    # (lerobot_act_tiny), and a family of a world (tabletop_pick)
+    name = re.sub(r"_.*" if group == "env" else r"_([0-9]+b|(act_|diffusion_)?tiny)$", "", file.stem)
+    module = MODULES.get(group, f"vlaexp.{group}.{name}")
     assert data["_target_"].rpartition(".")[0] == module
     for mapping in targets(data):
         parameters = inspect.signature(locate(mapping["_target_"])).parameters
@@ -83,6 +85,16 @@ def test_a_choice_composes_into_what_its_target_takes(file):
             for base in locate(mapping["_target_"]).__mro__:
                 unknown -= set(inspect.signature(base.__init__).parameters)
         assert not unknown, f"{mapping['_target_']} does not take {unknown}"
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCHERS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_launcher_composes_into_what_its_plugin_takes(file):
+    settings = compose("sweep", [f"hydra/launcher={file.stem}"]).launcher
+    assert locate(settings._target_).__module__.startswith("hydra_plugins.")
+    if file.stem == "slurm":
+        assert settings.timeout_min > 10, "submitit never takes a shorter limit for a preemption"
+        assert settings.max_num_timeout >= 1
+        assert settings.submitit_folder == "outputs/slurm/%j"
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -3,15 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlaexp.trainer.policy_folder import load_policies as load_policies
     from vlaexp.trainer.policy_folder import load_policy as load_policy
 
-__all__ = ["load_policy"]
+__all__ = ["load_policies", "load_policy"]
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `import vlaexp` and the command line do not wait for torch.
-    if name == "load_policy":
-        from vlaexp.trainer.policy_folder import load_policy
+    if name in __all__:
+        from vlaexp.trainer import policy_folder
 
-        return load_policy
+        return getattr(policy_folder, name)
     raise AttributeError(f"module 'vlaexp' has no attribute {name!r}")

@@ -1,14 +1,17 @@
 """`vlaexp <verb> [overrides]`: the command line. Torch and Hydra are imported only when a verb really runs."""
 
 import argparse
+import atexit
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlaexp.errors import UserError, nearest
+from vlaexp.interruption import Interrupted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,11 +25,14 @@ VERBS = {
     "eval": "evaluate a policy in closed loop on a panel of splits",
     "compare": "put evaluated policies side by side: comparison.json",
     "report": "draw a comparison: report.html and report.md",
-    "sweep": "run a study: record, train every point, evaluate, compare, report",
+    "sweep": "run a study on this machine or SLURM: plan, train, evaluate, compare, report; see vlaexp sweep --help",
     "pretrain": "pretrain the tiny base model by the project's own recipe",
     "merge": "fold a policy's adapter into stand-alone base weights, and prove that it acts the same",
     "manifest": "show, verify or compare the manifests of policy folders",
+    "tracker": "sync: bring in the metrics that a tracker missed while it was away",
 }
+# Verbs whose first word may say what to do; it becomes their key `action`.
+ACTIONS = {"sweep": ("run", "submit", "status", "resume", "cancel", "collect"), "tracker": ("sync",)}
 
 USAGE = """\
 usage: vlaexp VERB [KEY=VALUE ...] [Hydra flags]
@@ -58,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         print(verb_help(verb))
         return 0
+    if rest and verb in ACTIONS and re.fullmatch(r"\w+", rest[0]):
+        if rest[0] not in ACTIONS[verb]:
+            print(f"vlaexp {verb}: unknown action {rest[0]!r}; {nearest(rest[0], ACTIONS[verb])}", file=sys.stderr)
+            return 2
+        rest = [*rest[1:], f"action={rest[0]}"]  # last: Hydra's flags cannot follow an override
     return _run(verb, rest)
 
 
@@ -101,33 +112,60 @@ def _run(verb: str, overrides: list[str]) -> int:
     flags.add_argument("--config-dir", "-cd")
     if folder := flags.parse_known_args(overrides)[0].config_dir:
         os.environ["VLAEXP_CONFIG_DIR"] = folder  # for what composes further configurations (vlaexp/config.py)
-    from hydra.errors import HydraException
+    multirun = bool({"-m", "--multirun"} & set(overrides))
+    failures: list[Exception] = []
+    try:
+        if multirun:
+            overrides = import_module("vlaexp.workflow.multirun").prepared(verb, overrides)
+        _hydra_app(verb, overrides, partial(_work, verb, None if multirun else failures))
+    except Interrupted as stop:
+        print(f"vlaexp {verb}: stopped by {stop}; the same command goes on from there", file=sys.stderr)
+        return stop.exit_status
+    except Exception as error:
+        print(f"vlaexp {verb}: {_text(error, partial(_explained, verb, overrides))}", file=sys.stderr)
+        return 1
+    for failure in failures:
+        print(f"vlaexp {verb}: {_text(failure)}", file=sys.stderr)
+    return int(bool(failures))
+
+
+def _work(verb: str, failures: list[Exception] | None, cfg: "DictConfig") -> None:
+    """Run a verb; keep a failure from Hydra, which would announce it in its own words, save in a multirun."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    text, failures = "", []
-
-    def work(cfg: "DictConfig") -> None:
-        try:
-            if missing := sorted(OmegaConf.missing_keys(cfg)):
-                raise UserError(f"{', '.join(missing)} must be given, as {missing[0]}=VALUE; see vlaexp {verb} --help")
-            import_module("vlaexp.workflow.verbs").run(verb, cfg)
-        except Exception as error:  # kept from Hydra, which would announce it in its own words
-            failures.append(error)
 
     try:
-        _hydra_app(verb, overrides, work)
-    except (HydraException, OmegaConfBaseException) as error:
-        text = explain(verb, overrides, error)
-    for failure in failures:
-        # Hydra wraps what a constructor raises; the user's error is somewhere among the causes.
-        user_error = next((cause for cause in _causes(failure) if isinstance(cause, UserError)), None)
-        if user_error is None:
-            raise failure
-        text = str(user_error)
-    if text:
-        print(f"vlaexp {verb}: {text}", file=sys.stderr)
-    return int(bool(text))
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError(f"{', '.join(missing)} must be given, as {missing[0]}=VALUE; see vlaexp {verb} --help")
+        import_module("vlaexp.workflow.verbs").run(verb, cfg)
+    except Exception as error:
+        if failures is not None:
+            failures.append(error)
+            return
+        if "SLURM_JOB_ID" in os.environ:
+            atexit.register(os._exit, 1)  # Hydra's launcher carries the error to the parent and tells SLURM all is well
+        raise
+
+
+def _text(failure: Exception, otherwise: Callable[[Exception], str] | None = None) -> str:
+    """What a user reads of a failure; one that is not meant for users is raised."""
+    # Hydra wraps what a constructor raises; the user's error is somewhere among the causes.
+    for cause in _causes(failure):
+        if isinstance(cause, UserError):
+            return str(cause)
+    if otherwise is None:
+        raise failure
+    return otherwise(failure)
+
+
+def _explained(verb: str, overrides: list[str], error: Exception) -> str:
+    from hydra.errors import HydraException, InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from vlaexp.config_errors import explain
+
+    if isinstance(error, InstantiationException) or not isinstance(error, HydraException | OmegaConfBaseException):
+        raise error
+    return explain(verb, overrides, error)
 
 
 def _hydra_app(verb: str, overrides: list[str], function: Callable[["DictConfig"], None]) -> None:
@@ -145,49 +183,12 @@ def _hydra_app(verb: str, overrides: list[str], function: Callable[["DictConfig"
     hydra.main(config_path=str(config_dir()), config_name=verb, version_base="1.3")(task)()
 
 
-def explain(verb: str, overrides: Sequence[str], error: Exception) -> str:
-    """Hydra's complaint, with the available names and the nearest one."""
-    text = str(error)
-    if found := re.search(r"Could not find '([^']+)'", text):
-        group, _, choice = found.group(1).rpartition("/")
-        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
-        return f"there is no {group}={choice}; {nearest(choice, options)}" if options else text
-    key = _unknown_key(error, text)
-    if key is None:
-        return text
-    parent, name, names = _mistyped(verb, overrides, key)
-    where = f"key {f'{parent}.{name}'!r} under {parent!r}" if parent else f"key or group {name!r}"
-    return f"there is no {where}; {nearest(name, names)}"
-
-
 def _causes(error: BaseException | None) -> list[BaseException]:
     causes: list[BaseException] = []
     while error is not None and error not in causes:
         causes.append(error)
         error = error.__cause__ or error.__context__
     return causes
-
-
-def _unknown_key(error: Exception, text: str) -> str | None:
-    found = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
-    return found.group(1).split("@")[0].replace("/", ".") if found else None
-
-
-def _mistyped(verb: str, overrides: Sequence[str], key: str) -> tuple[str, str, list[str]]:
-    """The part of a key that exists, the name after it that does not, and the names that do, without that override."""
-    from omegaconf import DictConfig
-
-    from vlaexp.config import compose
-
-    kept = [item for item in overrides if item.split("=")[0].lstrip("+~").replace("/", ".") != key]
-    node: Any = compose(verb, [item for item in kept if not item.startswith("-")])
-    parents, name = [], key
-    for name in key.split("."):
-        if not isinstance(node, DictConfig) or name not in node:
-            break
-        node = node[name]
-        parents.append(name)
-    return ".".join(parents), name, [str(name) for name in node] if isinstance(node, DictConfig) else []
 
 
 def _complete(arguments: list[str]) -> int:

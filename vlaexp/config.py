@@ -66,19 +66,19 @@ def compose(verb: str, overrides: Sequence[str] = (), extra_dir: str | None = No
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = hydra_compose(verb, [*search, *overrides], return_hydra_config=True)
-    _fill_in_name(cfg)
+    _fill_in_hydra(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg
 
 
-def _fill_in_name(cfg: DictConfig) -> None:
-    """Resolve the name, which may consist of Hydra's choices, while Hydra's resolver can be shown those of `cfg`."""
+def _fill_in_hydra(cfg: DictConfig) -> None:
+    """Resolve what comes from Hydra's own part (name, launcher) while its resolver can be shown that of `cfg`."""
     hydra = HydraConfig.instance()
     outer, hydra.cfg = hydra.cfg, cfg  # type: ignore[assignment]
     try:
-        if "name" in cfg:
-            cfg.name = cfg.name
+        for key in {"name", "launcher"} & set(cfg):
+            cfg[key] = cfg[key]
     finally:
         hydra.cfg = outer
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlaexp.lora import Lora
 from vlaexp.model.base import PARTS, BaseModel
+from vlaexp.model.quantize import count
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def ledger(model: BaseModel, head_parameters: Sequence[nn.Parameter], lora: Lora
 
 def _count(parameters: Sequence[tuple[str, Tensor]]) -> dict[str, int]:
     return {
-        "parameters": sum(p.numel() for _, p in parameters),
-        "trainable": sum(p.numel() for _, p in parameters if p.requires_grad),
-        "adapter": sum(p.numel() for name, p in parameters if "lora_" in name),
+        "parameters": sum(count(p) for _, p in parameters),
+        "trainable": sum(count(p) for _, p in parameters if p.requires_grad),
+        "adapter": sum(count(p) for name, p in parameters if "lora_" in name),
     }
 
 

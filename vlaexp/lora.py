@@ -5,6 +5,9 @@ does not confound rank with scale; `rslora` scales by alpha / sqrt(rank) instead
 `dora` learns magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353). The policies `sandwich` and
 `last_layer` are those that OpenVLA compares with LoRA (arXiv 2406.09246, section 5.3).
 
+`quantize=nf4` (QLoRA, arXiv 2305.14314) keeps in 4 bits the linear layers of the repeated blocks that do not train,
+nearly all weights of a large model; embeddings, norms, convolutions, projections and word heads stay as they are.
+
 | freeze       | lora   | what trains                                                               |
 |--------------|--------|---------------------------------------------------------------------------|
 | `none`       | `none` | everything: full fine-tuning                                              |
@@ -24,7 +27,8 @@ A layer never trains twice: where it carries an adapter its own weights rest, an
 inside a frozen part carries none.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,6 +41,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlaexp.errors import UserError, nearest
 from vlaexp.model.base import PARTS, BaseModel
+from vlaexp.model.quantize import QUANTIZATIONS, Known, dequantize, quantize
+
+INSIDE_A_BLOCK = re.compile(r"\.\d+\.")  # layers that are numbered, `blocks.3.mlp.fc1`
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Lora:
         exclude: full names of layers to leave out, dead adapters for instance (`vlaexp.ledger.dead_adapters`).
         rslora: scale by alpha / sqrt(r).
         dora: weight-decomposed adapters.
+        quantize: `nf4` for the resting layers in 4 bits; None leaves them as they are.
     """
 
     rank: int
@@ -61,6 +69,18 @@ class Lora:
     exclude: Sequence[str] = ()
     rslora: bool = False
     dora: bool = False
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantize is None:
+            return
+        if self.quantize not in QUANTIZATIONS:
+            raise UserError(f"lora.quantize={self.quantize}; expected null or one of {list(QUANTIZATIONS)}")
+        if self.rank == 0:
+            raise UserError(
+                f"lora.quantize={self.quantize} with lora=none: weights in 4 bits cannot be trained, only adapters "
+                "beside them; set lora=r16 (or another rank), or lora.quantize=null"
+            )
 
     def __str__(self) -> str:
         """For tables and comparisons: the rank, and what differs from the defaults."""
@@ -114,6 +134,36 @@ def freeze_parts(model: BaseModel, freeze: Freeze) -> None:
             parameter.requires_grad_(True)
 
 
+def quantize_base(model: BaseModel, lora: Lora, freeze: Freeze, known: Known | None = None) -> None:
+    """Put the resting layers into 4 bits where `lora` asks for it; after `freeze_parts`, before adapters.
+
+    Args:
+        model: with all weights loaded.
+        lora, freeze: as for `add_adapter`.
+        known: of `vlaexp.model.quantize.quantize`.
+
+    Raises:
+        UserError: where no layer rests, or bitsandbytes is missing.
+    """
+    if lora.quantize is None:
+        return
+    targets = set(target_modules(model, lora, freeze))
+    resting = [
+        name
+        for name, layer in _candidates(model)
+        if isinstance(layer, nn.Linear)
+        and INSIDE_A_BLOCK.search(name)
+        and (name in targets or not layer.weight.requires_grad)
+    ]
+    if not freeze.parts or not resting:
+        raise UserError(
+            f"lora.quantize={lora.quantize} with {freeze} frozen: weights in 4 bits cannot be trained, and "
+            f"{len(resting) if freeze.parts else 'none'} of {type(model).__name__}'s repeated linear layers are meant "
+            "to rest; set freeze=backbone or freeze=all, or lora.quantize=null"
+        )
+    quantize(model, resting, known)
+
+
 def add_adapter(model: BaseModel, lora: Lora, freeze: Freeze) -> PeftModel:
     """Put fresh adapters into `model`, in place; what was trainable stays so, save layers that now carry an adapter.
 
@@ -153,11 +203,28 @@ def load_adapter(model: BaseModel, folder: Path, trainable: bool = False) -> Pef
 
 def merge_adapter(model: BaseModel) -> None:
     """Fold every adapter into the weights of its layer and remove it, in place."""
-    for name, layer in list(model.named_modules()):
+    for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()  # type: ignore[operator]
+    _remove_adapter(model)
+
+
+def dequantize_base(model: BaseModel, folder: Path) -> None:
+    """Give a 4-bit base the plain weights that it stands for, in place, under the adapter that `folder` holds.
+
+    Merging needs that: PEFT would round the sum of weights and adapter to 4 bits again.
+    """
+    _remove_adapter(model)
+    dequantize(model)
+    load_adapter(model, folder)
+
+
+def _remove_adapter(model: BaseModel) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    del model.peft_config  # PEFT's mark of a model that has one
 
 
 def _trainable(model: nn.Module) -> set[str]:
@@ -174,13 +241,7 @@ def _restore_trainable(model: nn.Module, names: set[str]) -> None:
 def target_modules(model: BaseModel, lora: Lora, freeze: Freeze) -> list[str]:
     """Full names of the linear and convolutional layers that get adapters, in the model's order."""
     resting = (*model.reinitialized, *(f"{model.landmarks[name]}." for name in freeze.trainable))
-    candidates = [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-        and not isinstance(layer, NonDynamicallyQuantizableLinear)  # whose weight nn.MultiheadAttention reads directly
-        and not f"{name}.".startswith(resting)
-    ]
+    candidates = [name for name, _ in _candidates(model) if not f"{name}.".startswith(resting)]
     if lora.targets == "all-linear":
         wanted = set(candidates)
     else:
@@ -191,6 +252,14 @@ def target_modules(model: BaseModel, lora: Lora, freeze: Freeze) -> list[str]:
             close = ", ".join(get_close_matches(name, wanted, n=5)) or "none"  # a large model has hundreds of layers
             raise UserError(f"lora.exclude names {name!r}, which carries no adapter; nearest that do: {close}")
     return [name for name in candidates if name in wanted and name not in lora.exclude]
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear and convolutional layers that run by themselves."""
+    for name, layer in model.named_modules():
+        # nn.MultiheadAttention reads the weight of such a layer directly
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(layer, NonDynamicallyQuantizableLinear):
+            yield name, layer
 
 
 def _named_by(word: str, candidates: Sequence[str], model: BaseModel, freeze: Freeze) -> list[str]:

@@ -30,8 +30,11 @@ def loss_and_gradients(parts, mode, folder):
 # ---- legality
 
 
-def test_caches_leave_loss_and_gradients_as_they_are(small, tmp_path):
-    parts = build(compose("train", [*small, "name=cache", "augmentation=none", "head=flow"]))
+@pytest.mark.parametrize("base", ["tiny", "openvla_7b"])
+def test_caches_leave_loss_and_gradients_as_they_are(small, tmp_path, openvla_weights, base):
+    weights = {"tiny": "null", "openvla_7b": openvla_weights}[base]
+    keys = ["name=cache", "augmentation=none", "head=flow", f"model={base}", f"model.weights={weights}"]
+    parts = build(compose("train", [*small, *keys]))
     seen = {
         mode: loss_and_gradients(parts, mode, tmp_path / "cache") for mode in ("none", "images", "features", "auto")
     }

@@ -159,6 +159,38 @@ def test_a_reference_that_cannot_be_is_refused(load, space, reference, text):
         load(space, reference)
 
 
+NATIVE = {
+    "space": "native",
+    "names": ["x", "y"],
+    "units": ["pixel", "pixel"],
+    "lower": [0.0, 0.0],
+    "upper": [512.0, 512.0],
+    "fps": 10.0,
+}
+
+
+def test_a_card_in_the_configuration_stands_for_one_beside_the_dataset(load, pusht_demonstrations):
+    """As conf/dataset/pusht.yaml has it for a dataset of the hub."""
+    card = {"cameras": {"top": "observation.image"}, "action_spaces": {"native": {"column": "action", "spec": NATIVE}}}
+    demos = load("native", "absolute", root=str(pusht_demonstrations), card=card)
+    assert (demos.spec.names, demos.spec.units, demos.spec.upper) == (("x", "y"), ("pixel",) * 2, (512.0,) * 2)
+    assert demos.cameras == {"top": "observation.image"}
+    relative = load("native", "measured_state", root=str(pusht_demonstrations), card=card).spec
+    assert (relative.reference, relative.lower, relative.units) == ("measured_state", None, ("pixel",) * 2)
+    plain = load("native", "absolute", root=str(pusht_demonstrations))
+    assert (plain.spec.names, plain.spec.units) == (("motor_0", "motor_1"), ("unknown",) * 2)
+    other = load("native", "absolute", root=str(pusht_demonstrations), card=card, keys={"action": "observation.state"})
+    np.testing.assert_array_equal(other.columns.action, other.columns.state)
+    with pytest.raises(UserError, match=r"dataset.card: unknown keys \['camera'\]; expected \['embodiment', 'cameras'"):
+        load("native", "absolute", root=str(pusht_demonstrations), card={"camera": {}})
+    with pytest.raises(UserError, match=r"has no action space 'joint'; it has \['native'\]"):
+        load("joint", "absolute", root=str(pusht_demonstrations), card=card)
+
+
+def test_the_card_beside_the_dataset_wins(load):
+    assert load("joint", "absolute", card={"embodiment": "another"}).spec.embodiment == "tabletop_arm"
+
+
 def edit_card(root, **changes):
     card = yaml.safe_load((root / CARD_FILE).read_text())
     (root / CARD_FILE).write_text(yaml.safe_dump({key: value for key, value in (card | changes).items() if value}))

@@ -1,6 +1,8 @@
 """Normalization: the transform undoes its inverse, the statistics are the known ones, and nothing is inert."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,3 +137,16 @@ def test_a_missing_damaged_or_incomplete_file_is_an_error(tmp_path, values):
     path.write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"norm stats of 'action' lack \['q99'\]; train again or copy the complete"):
         NormStats.load(path)
+
+
+def test_statistics_of_published_weights_stay_as_they_are(tmp_path: Path) -> None:
+    """A spread of a thousandth of another is raised in one's own data, and kept where weights were trained with it."""
+    values = np.random.RandomState(0).randn(100, 2) * [1.0, 0.001]
+    own = Statistics.of(values, "mean_std")
+    exact = replace(own, exact=True)
+    assert own.centre_and_scale()[1][1] == pytest.approx(0.05, rel=0.2)
+    assert exact.centre_and_scale()[1][1] == pytest.approx(0.001, rel=0.2)
+    stats = NormStats({"state": exact}, {}, "weights")
+    stats.save(tmp_path / "norm_stats.json")
+    assert NormStats.load(tmp_path / "norm_stats.json").quantities["state"].exact
+    assert stats.content_hash() != NormStats({"state": own}, {}, "weights").content_hash()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlaexp.eval.metrics import mean_squared_jerk, seam_jump, summarize_episode
+from vlaexp.eval.metrics import mean_squared_jerk, seam_jump, summarize_episode, summarize_measures
 
 FPS = 10.0
 
@@ -54,5 +54,16 @@ def test_an_episode_is_summarized():
     assert (summary["success"], summary["steps"], summary["unreachable"]) == (True, 6, 2)
     assert summary["mean_squared_jerk"] == pytest.approx(0, abs=1e-12)
     assert summarize_episode(trace[:5], FPS, 4)["success"] is False
-    bare = [{"success": False, "unreachable": False}]
-    assert summarize_episode(bare, FPS, 4)["mean_squared_jerk"] == 0.0
+
+
+def test_a_world_without_a_tool_path_has_no_smoothness():
+    """0 would read as perfectly smooth."""
+    summary = summarize_episode([{"success": False, "unreachable": False}], FPS, 4)
+    assert (summary["mean_squared_jerk"], summary["seam_jump_mm"]) == (None, None)
+
+
+def test_measures_of_an_episode_are_the_last_and_the_largest():
+    trace = [{"measures": {"coverage": coverage, "reward": coverage / 2}} for coverage in (0.1, 0.8, 0.4)]
+    expected = {"final_coverage": 0.4, "max_coverage": 0.8, "final_reward": 0.2, "max_reward": 0.4}
+    assert summarize_measures(trace) == expected
+    assert summarize_measures([{"measures": {}}]) == {}

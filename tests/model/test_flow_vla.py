@@ -568,6 +568,13 @@ def test_pi0_reads_openpis_layout(cases: dict[str, Case], tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps(sizes | side | {"action_horizon": 50, "precision": "float32"}))
     found = Pi0(["front"], 8, weights=str(folder))
     assert found.weights_fingerprint() == case.ours.weights_fingerprint()
+    stats = folder / "assets" / "trossen" / "norm_stats.json"
+    stats.parent.mkdir(parents=True)
+    rows = {"mean": [0.5] * 32, "std": [2.0] * 32, "q01": None, "q99": None}
+    stats.write_text(json.dumps({"norm_stats": {"state": rows, "actions": rows}}))
+    chosen = Pi0(["front"], 8, 7, weights=str(folder), statistics="trossen").input_stats().quantities
+    assert {name: value.mean.tolist() for name, value in chosen.items()} == {"state": [0.5] * 8, "action": [0.5] * 7}
+    assert Pi0(["front"], 8, 7, weights=str(folder)).input_stats() is None
     (folder / "config.json").write_text(json.dumps(sizes | side | {"pi05": True}))
     with pytest.raises(UserError, match=r"policy of type None"):
         Pi0(["front"], 8, weights=str(folder))

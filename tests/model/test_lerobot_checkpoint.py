@@ -1,5 +1,6 @@
 """Checkpoints of LeRobot's policies: statistics in each of their layouts are read, and nothing is skipped."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ from lerobot_checkpoints import statistics
 from safetensors.torch import save_file
 
 from vlaexp.errors import UserError
-from vlaexp.model.lerobot_checkpoint import NORMALIZERS, STATISTIC, Checkpoint, read_checkpoint, save_checkpoint
+from vlaexp.model.lerobot_checkpoint import (
+    NORMALIZERS,
+    STATISTIC,
+    Checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    unpadded,
+)
 
 MODES = {"normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "MIN_MAX"}}
 FILE = "policy_preprocessor_step_5_normalizer_processor.safetensors"
@@ -87,13 +95,68 @@ def test_statistics_that_cannot_be_used(tmp_path: Path) -> None:
         read(tmp_path, {})
 
 
+def openpi(folder: Path, asset: str, **given: object) -> Path:
+    """Statistics as openpi's `normalize.save` writes them."""
+    path = folder / "assets" / asset / "norm_stats.json"
+    path.parent.mkdir(parents=True)
+    rows = {"mean": [0.5] * 7, "std": [2.0] * 7, "q01": [-1.0] * 7, "q99": [4.0] * 7}
+    path.write_text(json.dumps({"norm_stats": {"state": rows, "actions": rows | given}}))
+    return path
+
+
+def test_openpis_statistics_by_asset(tmp_path: Path) -> None:
+    openpi(tmp_path, "physical-intelligence/libero", mean=[1.5] * 7)
+    openpi(tmp_path, "trossen", q01=None, q99=None)
+    found = read(tmp_path, {}, {})
+    assert set(found.statistics) == {"physical-intelligence/libero", "trossen"}
+    stats = found.norm_stats("physical-intelligence/libero").quantities
+    assert (stats["state"].mean[0], stats["action"].mean[0], stats["action"].std[0]) == (0.5, 1.5, 2.0)
+    assert stats["action"].q99[0] == 4.0
+    assert stats["action"].mode == "mean_std"
+    assert found.norm_stats("trossen").quantities["action"].q01[0] == pytest.approx(0.5 - 2.326 * 2)
+    with pytest.raises(
+        UserError, match=r"statistics=libero is not in .*available: physical-intelligence/libero, trossen"
+    ):
+        found.norm_stats("libero")
+
+
+def test_openpis_statistics_of_padded_vectors(tmp_path: Path) -> None:
+    padded = {name: [*range(7), *[fill] * 25] for name, fill in (("mean", 0.0), ("std", 1.0))}
+    openpi(tmp_path, "trossen", **padded, q01=None, q99=None)
+    whole = read(tmp_path, {}, {}).norm_stats("trossen")
+    stats = unpadded(whole, 32, {"state": 7, "action": 5}).quantities
+    assert stats["action"].mean.tolist() == [0, 1, 2, 3, 4]
+    assert stats["action"].q99.shape == (5,)
+    assert stats["state"].mean.shape == (7,)
+    assert unpadded(whole, 32, {"state": 3, "action": None}).quantities["action"].mean.shape == (32,)
+    assert unpadded(whole, 32, {"state": 3, "action": 5}).quantities["state"].mean.shape == (7,), "another robot's stay"
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", '{"norm_stats": {"state": [1]}}', '{"norm_stats": {"state": {"mean": "a"}}}']
+)
+def test_openpis_statistics_that_are_damaged(tmp_path: Path, text: str) -> None:
+    openpi(tmp_path, "trossen").write_text(text)
+    with pytest.raises(UserError, match=r"assets/trossen/norm_stats\.json is damaged .*as openpi writes them: copy it"):
+        read(tmp_path, {}, {})
+
+
+def test_statistics_of_weights_are_not_raised(tmp_path: Path) -> None:
+    """As LeRobot and openpi, who divide by the deviation whatever it is."""
+    openpi(tmp_path, "trossen", std=[1.0, 0.001, *[1.0] * 5])
+    stats = read(tmp_path, {}, {}).norm_stats("trossen")
+    assert float(stats.affine("action").scale[1]) == pytest.approx(0.001)
+
+
 def test_what_is_beside_the_weights_is_saved_too(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     read(source, {})
     save_file(statistics(), source / FILE)
     (source / "config.json").write_text("{}")
+    openpi(source, "trossen")
     target.mkdir()
     save_checkpoint(target, source, {"model.a.weight": torch.zeros(2)})
-    assert {path.name for path in target.iterdir()} == {"config.json", FILE, "model.safetensors"}
+    assert {path.name for path in target.iterdir()} == {"config.json", FILE, "model.safetensors", "assets"}
     assert [path.name for path in target.glob(NORMALIZERS)] == [FILE]
+    assert "trossen" in read_checkpoint(target, {}).statistics
     assert torch.equal(read_checkpoint(target, {}).weights["model.a.weight"], torch.zeros(2))

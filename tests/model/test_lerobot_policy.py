@@ -209,6 +209,33 @@ def test_weights_of_another_policy_are_refused(saved: Path) -> None:
         make("diffusion", UNET, weights=str(saved), action_horizon=7)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "text"),
+    [
+        ("config.json", "{", r"config\.json of model\.weights=.* is damaged, .*expected type 'act': copy it again"),
+        (
+            "config.json",
+            '{"model_type": "openvla"}',
+            r"of no policy of LeRobot \(Missing 'type' field.*expected type 'act'",
+        ),
+        ("config.json", '{"type": "none"}', r"Policy type 'none' .*not registered\.\); expected type 'act'"),
+        ("model.safetensors", None, r"saved is damaged \(.*copy or train it again"),
+    ],
+)
+def test_damaged_files_are_named(saved: Path, file: str, content: str | None, text: str) -> None:
+    path = saved / file
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content.encode())
+    with pytest.raises(UserError, match=text):
+        make(settings={}, weights=str(saved))
+
+
+@pytest.mark.parametrize("there", ["pytorch_model.bin", "model-00001-of-00002.safetensors"])
+def test_weights_in_another_form_are_not_opened(saved: Path, there: str) -> None:
+    (saved / "model.safetensors").rename(saved / there)
+    with pytest.raises(UserError, match=rf"has no model\.safetensors, the one file .*'{there}'.*pickles can run code"):
+        make(settings={}, weights=str(saved))
+
+
 def test_weights_that_are_not_here_are_named() -> None:
     with pytest.raises(
         UserError, match=r"(?s)model\.weights=nobody/nothing is neither a folder .*`hf download nobody/nothing`"

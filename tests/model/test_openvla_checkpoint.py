@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from vlaexp.errors import UserError
 from vlaexp.model.openvla import OpenVLA
-from vlaexp.model.openvla_checkpoint import OpenVLAConfig, action_statistics, published_name
+from vlaexp.model.openvla_checkpoint import OpenVLAConfig, pretraining_statistics, published_name
 
 SHARD = "model-00002-of-00002.safetensors"
 
@@ -177,7 +177,9 @@ def test_statistics_beside_the_checkpoint_win(folder: Path) -> None:
 
 def test_statistics_have_a_mask_and_a_mode() -> None:
     stats = published.NORM_STATS
-    quantiles, extremes = (action_statistics(stats, "libero_spatial", mode) for mode in ("q01_q99", "min_max"))
+    quantiles, extremes = (
+        pretraining_statistics(stats, "libero_spatial", mode=mode) for mode in ("q01_q99", "min_max")
+    )
     centre, scale = quantiles.centre_and_scale()
     assert (centre[1], scale[1]) == pytest.approx((0.1, 0.3))
     centre, scale = extremes.centre_and_scale()
@@ -186,7 +188,7 @@ def test_statistics_have_a_mask_and_a_mode() -> None:
         centre, scale = found.centre_and_scale()
         assert (centre[6], scale[6]) == (0.0, 1.0)
     renamed = {"libero_spatial_no_noops": stats["libero_spatial"]}
-    assert action_statistics(renamed, "libero_spatial").q99[0] == pytest.approx(0.2)
+    assert pretraining_statistics(renamed, "libero_spatial").q99[0] == pytest.approx(0.2)
 
 
 def test_no_folder_and_no_hub(tmp_path: Path) -> None:

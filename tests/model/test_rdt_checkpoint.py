@@ -209,6 +209,9 @@ def test_unknown_instruction_says_what_to_download(load: Load, tmp_path: Path) -
         r"into a folder and set model\.text_encoder=FOLDER.*or copy open-the-door-\w+\.safetensors"
     )
     with pytest.raises(UserError, match=text):
+        load(condition_dropout=0.0).read_instructions(["open the door"])
+    text = r"no language embedding of \['', 'open the door'\] .*; model\.condition_dropout=0 needs no empty instruction"
+    with pytest.raises(UserError, match=text):
         load().read_instructions(["open the door"])
 
 
@@ -230,7 +233,7 @@ def test_embedding_that_does_not_fit_is_refused(
     else:
         published.write_language(folder, {"open": embedding})
     with pytest.raises(UserError, match=text):
-        load().read_instructions(["open"])
+        load(condition_dropout=0.0).read_instructions(["open"])
 
 
 def test_a_folder_that_is_no_t5_is_refused(load: Load, t5: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ def make_row(rate: float = 0.5, episodes: int = 100, **changes: Any) -> Row:
         "lora": "r16",
         "freeze": "vision,projector,language",
         "dataset": "tabletop_moved_camera",
+        "dataset_content": "d1",
+        "recipe": "a1",
         "seed": 0,
         "steps": 3000,
         "trainable_parameters": 451_319,
@@ -51,6 +54,47 @@ def make_row(rate: float = 0.5, episodes: int = 100, **changes: Any) -> Row:
         "outcomes": outcomes,
     }
     return measured | row
+
+
+def make_grid(
+    odds: Callable[[str, int], float],
+    adaptations: Sequence[str] = ("r4", "r8", "r16", "r32", "r64", "full"),
+    steps: Sequence[int] = (100, 200, 400, 800, 1600),
+    seeds: Sequence[int] = (0, 1, 2),
+    splits: Sequence[str] = ("nominal", "shifted_camera"),
+    episodes: int = 100,
+    of_seeds: float = 0.2,
+    **changes: Any,
+) -> list[Row]:
+    """Rows of a rank and step grid; every policy meets the same episodes, some of them harder than others.
+
+    Args:
+        odds: log odds of success by adaptation and steps.
+        of_seeds: standard deviation of a training's own luck, in log odds.
+    """
+    rows = []
+    for split, adaptation, seed in product(splits, adaptations, seeds):
+        key = f"{split} {adaptation} {seed} {changes.get('head', 'flow')}"
+        hard = np.random.default_rng(zlib.crc32(split.encode())).normal(0, 1, episodes)
+        random = np.random.default_rng(zlib.crc32(key.encode()))
+        luck = random.normal(0, of_seeds)
+        how = {"lora": "none", "freeze": "none"} if adaptation == "full" else {"lora": adaptation}
+        run = f"tiny_{changes.get('head', 'flow')}_{adaptation}-{seed}"
+        for count in steps:
+            chance = 1 / (1 + np.exp(-odds(adaptation, count) - luck - hard + (split != "nominal")))
+            outcomes = [bool(hit) for hit in random.random(episodes) < chance]
+            low, high = wilson_interval(sum(outcomes), episodes)
+            measured = {"outcomes": outcomes, "successes": sum(outcomes), "ci_low": low, "ci_high": high}
+            measured |= {"success_rate": sum(outcomes) / episodes, "manifest": f"{zlib.crc32(key.encode()):064x}"}
+            folder = f"/nowhere/{run}/milestones/step_{count:06d}/eval/{split}"
+            where = {"run": run, "seed": seed, "steps": count, "split": split, "folder": folder}
+            rows.append(make_row(episodes=episodes, **measured, **where, **how, **changes))
+    return rows
+
+
+@pytest.fixture(name="make_grid", scope="session")
+def _make_grid() -> Callable[..., list[Row]]:
+    return make_grid
 
 
 @pytest.fixture(name="make_row", scope="session")

@@ -3,7 +3,7 @@
 import pytest
 
 from vlaexp.errors import UserError
-from vlaexp.report.compare import AXES, check_axes, compare, differing_axes, label, read, write
+from vlaexp.report.compare import AXES, check_axes, compare, differing_axes, label, one_choice, read, write
 
 
 def test_one_axis_may_differ(make_row):
@@ -68,12 +68,33 @@ def test_a_pair_is_of_outcomes_not_of_rates(make_row):
         ({}, "flow LoRA r16 step 3000"),
         ({"base": "tiny from scratch", "lora": "none", "freeze": "none"}, "flow from scratch step 3000"),
         ({"lora": "none", "freeze": "vision,language"}, "flow freeze vision,language step 3000"),
+        ({"lora": "none", "freeze": "none"}, "flow full fine-tuning step 3000"),
         ({"role": "zero-shot", "steps": 0}, "flow zero-shot"),
         ({"role": "baseline", "head": "mean_action", "steps": 0}, "mean_action"),
     ],
 )
 def test_label(make_row, changes, expected):
     assert label(make_row(**changes)) == expected
+
+
+def test_one_choice(make_row):
+    full = {"lora": "none", "freeze": "none"}
+    assert one_choice(make_row(), make_row(lora="r4"))
+    assert one_choice(make_row(), make_row(**full))
+    assert not one_choice(make_row(), make_row(steps=1, **full))
+    assert not one_choice(make_row(), make_row(lora="none", freeze="vision"))
+    assert not one_choice(make_row(), make_row(lora="r4", steps=1))
+
+
+def test_many_policies_are_paired_where_one_choice_separates_them(make_row):
+    grid = [(rank, head) for rank in range(10) for head in range(5)]
+    rows = [make_row(episodes=5, run=f"{r} {h}", lora=f"r{r}", decoder=f"d{h}") for r, h in grid]
+    comparison = compare(rows, ["lora", "decoder"], "")
+    assert comparison["possible_pairs"] == 50 * 49 // 2
+    assert len(comparison["pairs"]) == 5 * 45 + 10 * 10
+    assert {len(pair["axes"]) for pair in comparison["pairs"]} == {1}
+    few = compare(rows[:20], ["lora", "decoder"], "")
+    assert len(few["pairs"]) == few["possible_pairs"] == 20 * 19 // 2
 
 
 def test_written_is_read_again(make_row, tmp_path):
@@ -83,6 +104,9 @@ def test_written_is_read_again(make_row, tmp_path):
     assert set(comparison["axes"]) <= set(AXES)
     path.write_text("{")
     with pytest.raises(UserError, match=r"is damaged .* run `vlaexp compare` again"):
+        read(path)
+    path.write_text('{"rows": []}')
+    with pytest.raises(UserError, match="was written by an earlier version; run `vlaexp compare` again"):
         read(path)
     with pytest.raises(UserError, match="does not exist; make it with `vlaexp compare runs="):
         read(tmp_path / "nothing")

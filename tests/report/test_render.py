@@ -124,6 +124,16 @@ def test_pages_repeat_to_the_byte(make_row, tmp_path):
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
+def test_what_a_world_measures_besides_has_its_columns(make_row, tmp_path):
+    rows = [make_row(run="a", lora="r4", measures={"final_coverage": 0.25}), make_row(run="b", smoothness=None)]
+    render(compare(rows, [], ""), tmp_path, "Measures")
+    text = (tmp_path / "report.md").read_text()
+    header = next(line for line in text.splitlines() if line.startswith("| split |"))
+    assert header.endswith("trainable | final coverage |")
+    assert "| 0.250 |" in text
+    assert text.count("| \N{EN DASH} |") == 2  # run b: no smoothness, no coverage
+
+
 def test_refusals(make_row, tmp_path):
     with pytest.raises(UserError, match="no rows, so there is nothing to report; compare evaluated runs first"):
         render(compare([], [], ""), tmp_path, "Empty")

@@ -14,8 +14,10 @@ def test_axes_are_multiplied_out():
         }
     )
     assert [point.name for point in points] == ["lora-joint-0", "lora-joint-1", "lora-flow-0", "lora-flow-1", "expert"]
-    assert points[1] == Point("lora-joint-1", "train", ("lora=r16", "head=joint", "seed=1"))
-    assert points[-1] == Point("expert", "eval", ("policy=expert",))
+    overrides, cell = ("lora=r16", "head=joint", "seed=1"), {"head": "joint", "seed": 1}
+    assert points[1] == Point("lora-joint-1", "train", overrides, "lora", cell)
+    assert points[1].at({"head": "flow", "seed": None}) == ("lora=r16", "head=flow", "seed=null")
+    assert points[-1] == Point("expert", "eval", ("policy=expert",), "expert")
 
 
 def test_names_are_unique():

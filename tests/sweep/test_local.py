@@ -1,75 +1,131 @@
-"""Points in processes: a failing one does not stop the others, and is reported."""
+"""Jobs in processes: a failing or dying one does not stop the others, a killed parent leaves none behind."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from vlaexp.errors import UserError
-from vlaexp.sweep.grid import Point
-from vlaexp.sweep.local import run_points
+from vlaexp.sweep.folder import SweepFolder, alive
+from vlaexp.sweep.jobs import Job, Task
+from vlaexp.sweep.local import run_here, start_detached
+from vlaexp.sweep.node import run_job
 
 
-def work(point: Point) -> tuple[str, int]:
-    if point.name == "bad":
+def work(folder: str, key: str) -> None:
+    run_job(folder, key, act)
+
+
+def act(job: Job, plan: dict[str, Any], tell: Any) -> list[Path]:
+    (what,) = job.tasks[0].overrides
+    folder = Path(plan["common"][0])
+    with (folder / "began").open("a") as file:
+        file.write(f"{what} {os.getpid()}\n")
+    if what == "bad":
         raise UserError("this cell is wrong; mend it")
-    return point.overrides[0], os.getpid()
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "wait":
+        time.sleep(600)
+    made = folder / what
+    made.mkdir(exist_ok=True)
+    return [made]
 
 
-def die(point: Point) -> str:
-    if point.name == "bad":
-        os._exit(1)
-    return point.name
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SweepFolder]:
+    # detached processes import `work` by name
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+
+    def make(*names: str) -> SweepFolder:
+        folder = SweepFolder(tmp_path)
+        jobs = [Job((Task("train", (name,), {name: 1}),)) for name in names]
+        folder.write_plan(
+            {"jobs": [job.to_dict() for job in jobs], "common": [str(tmp_path)], "launcher": {}, "submissions": []}
+        )
+        return folder
+
+    return make
 
 
-def points(*names: str) -> list[Point]:
-    return [Point(name, "train", (f"x={name}",)) for name in names]
+def states(folder: SweepFolder) -> dict[str, str]:
+    return {job.name: folder.state(job.key).get("state", "") for job in folder.jobs()}
 
 
-def test_a_failing_point_does_not_stop_the_others(capfd):
-    results, errors = run_points(points("a", "bad", "b"), work, processes=1)
-    assert {name: value for name, (value, _) in results.items()} == {"a": "x=a", "b": "x=b"}
-    assert errors == {"bad": "UserError: this cell is wrong; mend it"}
-    shown = capfd.readouterr().err
-    assert "point bad failed; 2 of 3" in shown
-    assert "point b done; 3 of 3" in shown
-    assert {process for _, process in results.values()}.isdisjoint({os.getpid()})
+def keys(folder: SweepFolder) -> list[str]:
+    return [job.key for job in folder.jobs()]
 
 
-def test_a_dying_process_is_reported(capfd):
-    results, errors = run_points(points("bad"), die, processes=1)
-    assert results == {}
-    assert errors["bad"].startswith("BrokenProcessPool: ")
+def began(folder: SweepFolder) -> list[str]:
+    return [line.split()[0] for line in (folder.path / "began").read_text().splitlines()]
 
 
-def test_a_killed_study_leaves_no_workers(tmp_path: Path) -> None:
+def test_a_failing_job_does_not_stop_the_others(sweep, capfd):
+    folder = sweep("a", "bad", "b")
+    run_here(folder.path, work, keys(folder), processes=1)
+    assert states(folder) == {"a": "finished", "bad": "failed", "b": "finished"}
+    assert folder.state(keys(folder)[1])["error"] == "UserError: this cell is wrong; mend it"
+    assert "bad failed: UserError: this cell is wrong" in capfd.readouterr().err
+
+
+def test_a_dying_process_takes_only_its_own_job_with_it(sweep, capfd):
+    folder = sweep("a", "die", "b", "c")
+    run_here(folder.path, work, keys(folder), processes=1)
+    assert states(folder) == {"a": "finished", "die": "failed", "b": "finished", "c": "finished"}
+    assert "its process died" in folder.state(keys(folder)[1])["error"]
+
+
+def test_what_is_finished_is_not_run_again(sweep):
+    folder = sweep("a", "b")
+    run_here(folder.path, work, keys(folder), processes=1)
+    (folder.path / "b").rmdir()  # what it left is gone
+    run_here(folder.path, work, keys(folder), processes=1)
+    assert began(folder) == ["a", "b", "b"]
+
+
+def test_two_processes_never_work_on_one_job(sweep):
+    folder = sweep("wait")
+    (key,) = keys(folder)
+    runner = start_detached(folder.path, work, [key], 1)
+    wait_until(lambda: states(folder)["wait"] == "running")
+    with pytest.raises(UserError, match="is already being worked on; see vlaexp sweep status"):
+        work(str(folder.path), key)
+    os.killpg(runner["pid"], signal.SIGTERM)
+    wait_until(lambda: states(folder)["wait"] == "interrupted")
+    assert folder.state(key)["error"] == "SIGTERM"
+
+
+def test_a_killed_sweep_leaves_no_workers(sweep):
+    folder = sweep("wait")
+    (key,) = keys(folder)
+    runner = start_detached(folder.path, work, [key], 1)
+    wait_until(lambda: states(folder)["wait"] == "running")
+    assert alive(folder.state(key))
+    os.kill(runner["pid"], signal.SIGKILL)
+    wait_until(lambda: not alive(folder.state(key)))
+
+
+def test_detached_work_outlives_who_started_it(sweep):
+    folder = sweep("a")
     code = (
-        "import sys\nfrom vlaexp.sweep.grid import Point\nfrom vlaexp.sweep.local import run_points\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_local import report_and_wait\n"
-        f"if __name__ == '__main__':\n    run_points([Point('a', 'train', ({str(tmp_path)!r},))], report_and_wait, 1)\n"
+        "import os, signal\nfrom pathlib import Path\n"
+        "from test_local import work\nfrom vlaexp.sweep.local import start_detached\n"
+        f"start_detached(Path({str(folder.path)!r}), work, {keys(folder)!r}, 1)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    script = tmp_path / "study.py"
-    script.write_text(code)
-    study = subprocess.Popen([sys.executable, str(script)])
-    file = tmp_path / "pid"
-    wait_until(file.exists)
-    study.kill()
-    study.wait()
-    wait_until(lambda: not running(int(file.read_text())))
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    wait_until(lambda: states(folder)["a"] == "finished")
 
 
-def report_and_wait(point: Point) -> None:
-    partial = Path(point.overrides[0]) / "partial"
-    partial.write_text(str(os.getpid()))
-    partial.rename(partial.with_name("pid"))
-    time.sleep(600)
-
-
-def running(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+def test_a_job_of_an_older_plan_is_refused(sweep):
+    folder = sweep("a")
+    with pytest.raises(UserError, match="has no job 0123456789 any more; it was submitted anew"):
+        work(str(folder.path), "0123456789")
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -12,7 +12,7 @@ from vlaexp.config import compose
 from vlaexp.dataset.batches import ChunkDataset
 from vlaexp.errors import UserError
 from vlaexp.trainer.fit import Fit, fit
-from vlaexp.trainer.tracking import read_journal
+from vlaexp.trainer.journal import read_journal
 from vlaexp.workflow.train import Parts, build, train
 
 STILL = ["model.state_dropout=0.0", "model.state_noise=0.0", "model.plan_noise=0.0", "schedule.num_warmup_steps=0"]
@@ -170,6 +170,10 @@ def test_held_out_error_names_its_baselines(tiny: list[str]) -> None:
         ),
         ({"milestones": [0]}, r"trainer\.milestones \[0\] lie outside"),
         ({"max_steps": 0}, r"trainer\.max_steps=0; expected at least 1"),
+        (
+            {"strategy": "fsdp"},
+            r"trainer\.strategy=fsdp shards the weights, .* one rank's part .*trainer\.strategy=ddp",
+        ),
         ({"batch_size": 0}, r"trainer\.batch_size=0; expected at least 1"),
         ({"val_interval": 0}, r"trainer\.val_interval=0; expected at least 1"),
         ({"max_val_samples": 0}, r"trainer\.max_val_samples=0; expected at least 1"),

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlaexp.config import compose
-from vlaexp.trainer.tracking import Row, read_journal
+from vlaexp.trainer.journal import Row, read_journal
 from vlaexp.workflow.train import train
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from vlaexp.config import compose
-from vlaexp.trainer.tracking import CsvTracker, MlflowTracker, Row, RunLog, Tracker, WandbTracker, read_journal
+from vlaexp.errors import UserError
+from vlaexp.trainer.journal import Row, read_journal, read_state
+from vlaexp.trainer.run_log import RunLog
+from vlaexp.trainer.tracking import CsvTracker, MlflowTracker, Tracker, WandbTracker
 from vlaexp.workflow.train import train
 
 
@@ -26,7 +29,7 @@ class FlakyTracker(Tracker):
             raise ConnectionError("nobody there")
         self.rows += rows
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, at: float) -> None:
         self.send([])
         self.ended = status
 
@@ -84,9 +87,9 @@ def test_tracker_that_is_away_loses_nothing(tmp_path: Path, capsys: pytest.Captu
     log.log({"train/loss": 1.0}, 2)
     assert tracker.rows == []
     text = capsys.readouterr().err
-    assert text.count("the tracker cannot be reached (ConnectionError: nobody there); training goes on") == 1
+    assert text.count("the tracker cannot be reached (ConnectionError: nobody there); work goes on") == 1
     assert f"metrics are kept in {tmp_path / 'metrics.jsonl'}" in text
-    assert "run the same command again" in text
+    assert f"`vlaexp tracker sync runs=[{tmp_path}]` brings them in" in text
     assert "could not be reached" in log.describe()
     tracker.up = True
     log.finish("finished")
@@ -162,13 +165,13 @@ def test_mlflow_server_that_is_gone_does_not_stop_a_training(
     text = capsys.readouterr().err
     assert text.count("the tracker cannot be reached") == 1
     assert f"metrics are kept in {result.run / 'metrics.jsonl'}" in text
-    assert "run the same command again" in text
+    assert f"`vlaexp tracker sync runs=[{result.run}]` brings them in" in text
     assert {step for step, key in pairs(read_journal(result.run)) if key == "train/loss"} == {1, 2, 3, 4}
 
     later = train(compose("train", [*choice, f"tracker.uri=sqlite:///{outputs}/later.db"]))
     client = MlflowTracker(f"sqlite:///{outputs}/later.db", "vlaexp")
-    client.start("again", {}, {}, json.loads((later.run / "tracker.json").read_text()))
-    assert client._last_step("train/loss") == 4
+    client.start("again", {}, {}, read_state(later.run))
+    assert client._steps("train/loss") == {1, 2, 3, 4}
 
 
 @pytest.mark.slow
@@ -185,4 +188,16 @@ def test_wandb_offline(tmp_path: Path) -> None:
     again = log_of(tmp_path, WandbTracker("vlaexp", "offline", str(tmp_path / "wandb")), resume_step=2)
     again.log({"train/loss": 0.5}, 3)
     again.finish("finished")
-    assert json.loads((tmp_path / "tracker.json").read_text()) == state
+    after = json.loads((tmp_path / "tracker.json").read_text())
+    assert after == {**state, "ended": after["ended"]}
+
+
+def test_a_database_needs_a_place_for_files(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"tracker.uri=postgresql://... is a database, which keeps no files; set"
+    ) as found:
+        MlflowTracker("postgresql://me:secret@host/db", "vlaexp")
+    assert "secret" not in str(found.value)
+    assert MlflowTracker("postgresql://host/db", "vlaexp", artifacts="files").artifacts == str(Path("files").resolve())
+    assert MlflowTracker(f"sqlite:///{tmp_path}/a.db", "vlaexp").artifacts == str(tmp_path / "mlartifacts")
+    assert MlflowTracker("http://host:5000", "vlaexp").artifacts is None

@@ -1,4 +1,4 @@
-"""Base x head x {head only, LoRA, full} at tiny size through the true entry point.
+"""Base x head x {head only, LoRA, QLoRA, full} at tiny size through the true entry point.
 
 One training step with validation, save, load, act; the same action after loading. By default every pair of values is in
 some combination, the full grid is slow. What cannot be combined is refused with the reason; docs/combinations.md is
@@ -24,8 +24,10 @@ from vlaexp.data_types import Observation
 from vlaexp.dataset.lerobot import LeRobotFolder
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
+from vlaexp.trainer.journal import read_journal
 from vlaexp.trainer.policy_folder import load_policy
-from vlaexp.workflow.train import build
+from vlaexp.workflow.packed import train_packed
+from vlaexp.workflow.train import TrainResult, build, train
 
 DOCS = Path(__file__).parents[2] / "docs" / "combinations.md"
 ACT = "{dim_model: 32, n_heads: 2, dim_feedforward: 32, n_encoder_layers: 1, n_vae_encoder_layers: 1, "
@@ -50,6 +52,7 @@ HEADS = {
 ADAPTATIONS = {
     "head only": ["lora=none", "freeze=backbone"],
     "LoRA": ["lora=r4", "freeze=all", "lora.targets=all-linear"],
+    "QLoRA": ["lora=r4", "lora.quantize=nf4", "freeze=all", "lora.targets=all-linear"],
     "full": ["lora=none", "freeze=none"],
 }
 INSTRUCTIONS = ("pick up the red cube", "put it in the box")
@@ -184,6 +187,25 @@ def test_acts_the_same_in_a_fresh_process(overrides: dict[str, list[str]], outpu
     assert torch.equal(torch.load(outputs / "there.pt"), action)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES)
+def test_two_ranks_packed_equal_each_alone(overrides: dict[str, list[str]], outputs: Path, base: str) -> None:
+    """Every base can be lent to several trainings; their heads start from the base's own decoder where it has one."""
+    point = next(point for point in reversed(PAIRS) if point[0] == base and point[2] == "LoRA")
+    packs = [[*keys_of(overrides, *point), f"lora.rank={rank}", "trainer.max_steps=2"] for rank in (2, 4)]
+    together = train_packed([compose("train", keys) for keys in packs])
+    for packed, keys in zip(together, packs, strict=True):
+        assert isinstance(packed, TrainResult), packed
+        alone = train(compose("train", [*keys, "name=alone"]))
+        for file in ("head.safetensors", "adapter/adapter_model.safetensors"):
+            assert (packed.milestones[2] / file).read_bytes() == (alone.milestones[2] / file).read_bytes()
+        rows = [
+            [(step, values["train/loss"]) for step, values in read_journal(r.run) if "train/loss" in values]
+            for r in (packed, alone)
+        ]
+        assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize(("base", "head"), [pair for pair in product(BASES, HEADS) if obstacle(*pair)])
 def test_refused_with_the_reason(overrides: dict[str, list[str]], base: str, head: str) -> None:
     with pytest.raises(UserError, match=f"cannot carry head={head}, which needs .*; it carries"):
@@ -197,14 +219,14 @@ def table() -> str:
         "",
         "Written by `tests/workflow/test_combinations.py`, which tries what it says. *Head only* (and the model's",
         "decoder) is `lora=none freeze=backbone`, *LoRA* `lora=rN freeze=all lora.targets=all-linear`, *full*",
-        "`lora=none freeze=none`.",
+        "`lora=none freeze=none`. *QLoRA* is *LoRA* with `lora.quantize=nf4`.",
         "",
         f"| head | {' | '.join(f'`model={base}`' for base in BASES)} |",
         f"|---|{'---|' * len(BASES)}",
     ]
     for head in HEADS:
         reasons = [obstacle(base, head) for base in BASES]
-        cells = ["head only, LoRA, full" if reason is None else f"no: {reason}" for reason in reasons]
+        cells = ["head only, LoRA, QLoRA, full" if reason is None else f"no: {reason}" for reason in reasons]
         lines.append(f"| `{head}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from vlaexp import cli
+from vlaexp import cli, manifest
 from vlaexp.config import compose
 from vlaexp.errors import UserError
-from vlaexp.trainer.tracking import read_journal
+from vlaexp.trainer.journal import read_journal
 from vlaexp.workflow.compare import compare_verb, report_verb
+from vlaexp.workflow.policies import describe
 from vlaexp.workflow.train import train
 
 COLUMNS = (
@@ -76,6 +78,27 @@ def test_several_axes_are_refused_until_named(runs, small, brief, tmp_path):
     assert cli.main([*command, "axes=[action_space,lora]", "format=json"]) == 0
 
 
+def test_two_seeds_are_one_policy(runs, shrunk, brief, tmp_path, capsys):
+    first = runs["joint"]
+    second = train(compose("train", [*shrunk, *brief, "head=joint", "name=tiny_joint", "seed=1", "tracker=csv"]))
+    assert second.run != first.run
+    command = ["compare", f"runs=[{first.run},{second.run}]", f"output={tmp_path}"]
+    assert cli.main(command) == 0
+    assert f"made {tmp_path / 'results.csv'}" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert [found["seed"] for found in row["replicates"]] == [0, 1]
+    assert row["episodes"] == 6
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert set(table["run"]) == {first.run.name, second.run.name}
+    assert table["val/action_mse"].notna().all()
+    assert cli.main(["report", f"input={tmp_path}"]) == 0
+    assert "results.csv" in (tmp_path / "report.md").read_text()
+    record = manifest.read(first.milestones[2])
+    optimizer = {**record["config"]["optimizer"], "lr": 1e-5}
+    other = record | {"seed": 2, "config": record["config"] | {"seed": 2, "optimizer": optimizer}}
+    assert describe(record)["recipe"] == row["recipe"] != describe(other)["recipe"], "no replicate: another rate"
+
+
 def test_compare_an_mlflow_experiment(runs, shared_outputs, tmp_path):
     overrides = [f"outputs={shared_outputs}", "mlflow.experiment=vlaexp", f"output={tmp_path}"]
     _, comparison = compare_verb(compose("compare", overrides))
@@ -103,6 +126,7 @@ def test_asked_twice_it_is_finished(runs, shrunk, brief):
     again = train(compose("train", [*shrunk, *brief, "head=joint", "name=tiny_joint"]))
     assert again.run == first.run
     assert again.evaluation == first.evaluation
+    assert again.held_out == first.held_out == json.loads((first.run / "held_out.json").read_text())
     changed = {path.name for path, stamp in stamps(first.run).items() if before[0].get(path) != stamp}
     assert changed <= {"policy.json"}
     assert read_journal(first.run) == before[1]

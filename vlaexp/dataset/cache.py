@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from vlaexp.dataset.batches import Frames
 from vlaexp.errors import UserError
 
 CHUNK = 256
+_open_caches: WeakValueDictionary[Path, "FrameCache"] = WeakValueDictionary()
 
 
 class FrameCache:
@@ -66,7 +68,7 @@ def cached_frames(
     path = folder / f"{cache_key(key_parts)}.npy"
     header = path.with_suffix(".json")
     if path.exists():
-        return FrameCache(_open(path, header, num_frames))
+        return _shared(path, header, num_frames)
     first = compute(source[np.arange(1)])
     size_gb = first.nbytes * num_frames / 1e9
     if size_gb > limit_gb:
@@ -88,7 +90,16 @@ def cached_frames(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return FrameCache(_open(path, header, num_frames))
+    return _shared(path, header, num_frames)
+
+
+def _shared(path: Path, header: Path, num_frames: int) -> FrameCache:
+    """The cache in a file; trainings of one process that read the same one hold it once."""
+    key = path.resolve()
+    cache = _open_caches.get(key)
+    if cache is None:
+        cache = _open_caches[key] = FrameCache(_open(path, header, num_frames))
+    return cache
 
 
 def _open(path: Path, header: Path, num_frames: int) -> np.ndarray:

@@ -8,9 +8,11 @@
     tool_target: complementary_info.tool_target  # absolute commanded tool pose, 9 numbers
     recorded: {...}                              # provenance, free form
 
-A dataset without the file still trains with `action_space=native`.
+A dataset without the file still trains with `action_space=native`. For one on a hub, `dataset.card` can say the same
+(conf/dataset/pusht.yaml).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,13 +48,14 @@ class DatasetCard:
     recorded: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, root: Path) -> "DatasetCard":
-        """The card beside the dataset in `root`; an empty one where there is none."""
-        path = root / CARD_FILE
-        if not path.exists():
-            return cls()
+    def load(cls, root: Path, otherwise: Mapping[str, Any] | None = None) -> "DatasetCard":
+        """The card beside the dataset in `root`; where there is none, that of `otherwise` in the same form."""
+        path: Path | str = root / CARD_FILE
         try:
-            data = yaml.safe_load(path.read_text()) or {}
+            if path.exists():
+                data = yaml.safe_load(path.read_text()) or {}
+            else:
+                path, data = "dataset.card", otherwise or {}
             unknown = sorted(set(data) - set(KNOWN_KEYS))
             if unknown:
                 raise UserError(f"{path}: unknown keys {unknown}; expected {list(KNOWN_KEYS)}")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -40,6 +42,7 @@ class Demonstrations:
         name: of the dataset, for run names.
         root, repo_id, revision, convert: see `vlaexp.dataset.lerobot.locate`.
         outputs: folder for converted copies.
+        card: what `vlaexp.yaml` beside the dataset would say, for one that has none (see `vlaexp.dataset.card`).
         cameras: camera name to column; `auto` takes the card's names, or the columns' last word.
         keys: columns of `state` and native `action` where they are not LeRobot's usual ones.
         episodes: use only the first so many episodes; None for all.
@@ -57,6 +60,7 @@ class Demonstrations:
         repo_id: str | None = None,
         revision: str | None = None,
         convert: bool = False,
+        card: Mapping[str, Any] | None = None,
         cameras: Mapping[str, str] | str = "auto",
         keys: Mapping[str, str] | None = None,
         episodes: int | None = None,
@@ -67,12 +71,18 @@ class Demonstrations:
         self.name = name
         self.root = locate(root, repo_id, revision, convert, Path(outputs) / "datasets")
         self.folder = LeRobotFolder(self.root)
-        self.card = DatasetCard.load(self.root)
+        self.card = DatasetCard.load(self.root, card)
         self.action_horizon = action_horizon
-        self._keys = {"action": "action", "state": self.card.state_column or "observation.state", **(keys or {})}
+        native = self.card.action_spaces.get("native")
+        usual = {
+            "action": native.column if native else "action",
+            "state": self.card.state_column or "observation.state",
+        }
+        self._keys = usual | dict(keys or {})
         self.cameras = self._map_cameras(cameras)
         self.columns = self._columns(action_space)
         self._mode: Mode = normalization
+        self._frames: WeakValueDictionary[str, Frames] = WeakValueDictionary()
         count = self.folder.num_episodes if episodes is None else episodes
         if count > self.folder.num_episodes:
             raise UserError(
@@ -161,20 +171,13 @@ class Demonstrations:
 
     def _action_column(self, wanted: ActionSpace) -> tuple[str, ActionSpec]:
         if wanted.space == "native":
-            column = self._keys["action"]
-            names = self.folder.names(column) if column in self.folder.features else ()
-            spec = ActionSpec(
-                space="native",
-                names=names,
-                units=("unknown",) * len(names),
-                fps=self.folder.fps,
-                reference=wanted.reference,
-                embodiment=self.card.embodiment,
-                measured_by=tuple(range(len(names))) if names == self.folder.names(self._keys["state"]) else None,
-            )
-            return column, spec
+            recorded = self.card.action_spaces.get("native")
+            spec = self._plain_spec() if recorded is None else recorded.spec
+            if wanted.reference != spec.reference:  # bounds of a target are none of its difference to the state
+                spec = dataclasses.replace(spec, reference=wanted.reference, lower=None, upper=None)
+            return self._keys["action"], spec
         if wanted.space not in self.card.action_spaces:
-            has = ["native", *sorted(self.card.action_spaces)]
+            has = ["native", *sorted(set(self.card.action_spaces) - {"native"})]
             raise UserError(
                 f"dataset {self.root} has no action space {wanted.space!r}; it has {has}; use head=regression "
                 "action_space=native, or describe the column in vlaexp.yaml beside the dataset"
@@ -190,8 +193,26 @@ class Demonstrations:
             spec = dataclasses.replace(spec, reference="chunk_start", lower=None, upper=None)
         return recorded.column, spec
 
+    def _plain_spec(self) -> ActionSpec:
+        """What LeRobot's metadata says of its action column."""
+        column = self._keys["action"]
+        names = self.folder.names(column) if column in self.folder.features else ()
+        return ActionSpec(
+            space="native",
+            names=names,
+            units=("unknown",) * len(names),
+            fps=self.folder.fps,
+            embodiment=self.card.embodiment,
+            measured_by=tuple(range(len(names))) if names == self.folder.names(self._keys["state"]) else None,
+        )
+
     def frames(self, camera: str) -> Frames:
-        return self.folder.frames(self.cameras[camera])
+        """Images of a camera; trainings that hold them at the same time hold them once."""
+        column = self.cameras[camera]
+        frames = self._frames.get(column)
+        if frames is None:
+            frames = self._frames[column] = self.folder.frames(column)
+        return frames
 
     def chunks(
         self,

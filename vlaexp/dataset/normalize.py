@@ -26,7 +26,10 @@ SPREAD_FLOOR = 0.05
 
 @dataclass(frozen=True)
 class Statistics:
-    """Six statistics of one quantity, each of the same shape, and the mode in which they are used."""
+    """Six statistics of one quantity, each of the same shape, and the mode in which they are used.
+
+    `exact` ones are those that published weights were trained with: no spread of theirs is raised.
+    """
 
     mode: Mode
     mean: np.ndarray
@@ -35,6 +38,7 @@ class Statistics:
     max: np.ndarray
     q01: np.ndarray
     q99: np.ndarray
+    exact: bool = False
 
     @classmethod
     def of(cls, values: np.ndarray, mode: Mode, valid: np.ndarray | None = None) -> "Statistics":
@@ -60,7 +64,7 @@ class Statistics:
         width = spread.shape[-1]
         names = list(units) if units is not None else ["?"] * width
         scale = spread.copy()
-        for unit in set(names):
+        for unit in set() if self.exact else set(names):
             columns = [i for i, name in enumerate(names) if name == unit]
             largest = float(np.max(spread[..., columns]))
             scale[..., columns] = np.maximum(scale[..., columns], SPREAD_FLOOR * largest)
@@ -71,8 +75,12 @@ class Statistics:
         scale[scale == 0.0] = 1.0  # every dimension of that unit is constant
         return centre, scale
 
+    def marks(self) -> dict[str, bool]:
+        """`exact`, where that is so."""
+        return {"exact": True} if self.exact else {}
+
     def to_dict(self) -> dict[str, Any]:
-        return {"mode": self.mode} | {name: getattr(self, name).tolist() for name in STATISTICS}
+        return {"mode": self.mode, **self.marks()} | {name: getattr(self, name).tolist() for name in STATISTICS}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str) -> "Statistics":
@@ -80,7 +88,8 @@ class Statistics:
         if missing:
             raise UserError(f"norm stats of {name!r} lack {missing}; train again or copy the complete norm_stats.json")
         _check_mode(data["mode"])
-        return cls(data["mode"], *(np.asarray(data[key], dtype=np.float64) for key in STATISTICS))
+        values = (np.asarray(data[key], dtype=np.float64) for key in STATISTICS)
+        return cls(data["mode"], *values, exact=data.get("exact", False))
 
 
 def _check_mode(mode: str) -> None:
@@ -129,7 +138,8 @@ class NormStats:
     def content_hash(self) -> str:
         """Identity of the numbers to nine decimals, whatever their source is called."""
         rounded = {
-            name: {"mode": stats.mode} | {key: np.round(getattr(stats, key), 9).tolist() for key in STATISTICS}
+            name: {"mode": stats.mode, **stats.marks()}
+            | {key: np.round(getattr(stats, key), 9).tolist() for key in STATISTICS}
             for name, stats in self.quantities.items()
         }
         return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()

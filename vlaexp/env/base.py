@@ -26,11 +26,18 @@ class EnvObservation:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one control step led to."""
+    """What one control step led to.
+
+    Attributes:
+        success: whether the task is solved now.
+        unreachable: the commanded pose could not be reached and was replaced by the nearest one.
+        measures: what this world measures besides, by name (a reward, a share of the task that is done). Traces hold
+            every step's, an episode its last and its largest, as `final_<name>` and `max_<name>`.
+    """
 
     success: bool
-    unreachable: bool = False  # the commanded pose could not be reached and was replaced by the nearest one
-    info: dict[str, Any] = field(default_factory=dict)
+    unreachable: bool = False
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 class Environment(Protocol):

@@ -58,6 +58,7 @@ class Row:
                     "action": np.asarray(action, dtype=np.float32).tolist(),
                     "unreachable": result.unreachable,
                     "success": success,
+                    "measures": result.measures,
                     **self.env.privileged_state(),
                 }
             )

@@ -38,7 +38,7 @@ class RandomPolicy:
 
 
 class ConstantPolicy:
-    """The same chunk always: the mean action of the training data."""
+    """The same chunk always, such as the mean action of the training data."""
 
     n_obs_steps = 1
 

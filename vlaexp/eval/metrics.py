@@ -26,15 +26,28 @@ def seam_jump(positions: np.ndarray, n_action_steps: int) -> float:
     return float(bend[seams].mean()) if len(seams) else 0.0
 
 
-def summarize_episode(
-    trace: Sequence[dict[str, Any]], fps: float, n_action_steps: int
-) -> dict[str, float | int | bool]:
-    """Success, length, smoothness and unreachable targets of a finished episode."""
-    path = np.array([row["tcp"] for row in trace]) if trace and "tcp" in trace[0] else np.zeros((0, 3))
+def summarize_measures(trace: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Last and largest value of what the world measures at each step (`StepResult.measures`)."""
+    summary = {}
+    for name, last in trace[-1]["measures"].items():
+        summary |= {f"final_{name}": last, f"max_{name}": max(row["measures"][name] for row in trace)}
+    return summary
+
+
+def summarize_episode(trace: Sequence[dict[str, Any]], fps: float, n_action_steps: int) -> dict[str, Any]:
+    """Success, length, smoothness and unreachable targets of a finished episode.
+
+    The smoothness of a world without a tool path in metres (`tcp` in its privileged state) is None.
+    """
+    if "tcp" in trace[0]:
+        path = np.array([row["tcp"] for row in trace])
+        jerk, seam_mm = mean_squared_jerk(path, fps), 1e3 * seam_jump(path, n_action_steps)
+    else:
+        jerk, seam_mm = None, None
     return {
         "success": bool(trace[-1]["success"]),
         "steps": len(trace),
         "unreachable": sum(bool(row["unreachable"]) for row in trace),
-        "mean_squared_jerk": mean_squared_jerk(path, fps),
-        "seam_jump_mm": 1e3 * seam_jump(path, n_action_steps),
+        "mean_squared_jerk": jerk,
+        "seam_jump_mm": seam_mm,
     }

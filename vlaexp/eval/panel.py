@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from vlaexp.config import resolved
 from vlaexp.data_types import Policy
 from vlaexp.env.vector import VectorEnv
+from vlaexp.errors import UserError
 from vlaexp.eval.rollout import Progress, Rollout, latency_ms, run_episodes, stack
 from vlaexp.eval.split import EvalSplit, Panel
 from vlaexp.eval.statistics import wilson_interval
@@ -50,7 +51,16 @@ def evaluate(
         label: for progress lines.
         policy_key: identity of the policy; part of the request that a summary answers.
         on_split: called after each split.
+
+    Raises:
+        UserError: where a split changes something that the environment does not have.
     """
+    for name, split in panel.splits.items():
+        if foreign := sorted(set(split.env) - set(env)):
+            raise UserError(
+                f"split {name} changes {foreign} of the environment, but {env['_target_']} has {sorted(env)}; choose "
+                "splits for this environment (eval=nominal fits all, eval=pusht is for env=pusht)"
+            )
     summaries = {}
     for name, split in panel.splits.items():
         changed = resolved(OmegaConf.merge(dict(env), dict(split.env)))
@@ -112,12 +122,13 @@ def _run_split(
 
 
 def summarize(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Rates and means over episodes; `outcomes` keeps the order of seeds for paired comparisons."""
+    """Rates and means over episodes, None where not measured; `outcomes` keeps the order of seeds for pairing."""
     outcomes = [bool(rollout.metrics["success"]) for rollout in rollouts]
     low, high = wilson_interval(sum(outcomes), len(outcomes))
 
-    def mean(key: str) -> float:
-        return float(np.mean([rollout.metrics[key] for rollout in rollouts]))
+    def mean(key: str) -> float | None:
+        values = [rollout.metrics[key] for rollout in rollouts]
+        return None if None in values else float(np.mean(values))
 
     families: dict[str, list[bool]] = {}
     for rollout, outcome in zip(rollouts, outcomes, strict=True):
@@ -134,6 +145,7 @@ def summarize(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "mean_squared_jerk": mean("mean_squared_jerk"),
         "seam_jump_mm": mean("seam_jump_mm"),
         "unreachable_per_episode": mean("unreachable"),
+        "measures": {name: float(np.mean([r.measures[name] for r in rollouts])) for name in rollouts[0].measures},
         "outcomes": outcomes,
     }
 
@@ -145,6 +157,7 @@ def _episode_table(rollouts: Sequence[Rollout]) -> pd.DataFrame:
                 "seed": rollout.seed,
                 "instruction": rollout.instruction,
                 **rollout.metrics,
+                **rollout.measures,
                 "scene": json.dumps(rollout.scene),
             }
             for rollout in rollouts
@@ -153,8 +166,8 @@ def _episode_table(rollouts: Sequence[Rollout]) -> pd.DataFrame:
 
 
 def _trace_table(rollouts: Sequence[Rollout]) -> pd.DataFrame:
-    rows = [{"seed": rollout.seed, **row} for rollout in rollouts for row in rollout.trace]
-    table = pd.DataFrame(rows)
+    rows = [{"seed": rollout.seed, **row, **row["measures"]} for rollout in rollouts for row in rollout.trace]
+    table = pd.DataFrame(rows).drop(columns="measures")
     if "object_positions" in table:
         table["object_positions"] = table["object_positions"].map(json.dumps)
     return table

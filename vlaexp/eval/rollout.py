@@ -18,17 +18,21 @@ import torch
 from vlaexp.data_types import ActionChunk, Observation, Policy
 from vlaexp.env.base import EnvObservation
 from vlaexp.env.vector import VectorEnv
-from vlaexp.eval.metrics import summarize_episode
+from vlaexp.eval.metrics import summarize_episode, summarize_measures
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One finished episode: its numbers, its trace, and a film of the looks the policy took (where asked for)."""
+    """One finished episode: its numbers, its trace, and a film of the looks the policy took (where asked for).
+
+    `metrics` are the same for every world, `measures` are this world's own.
+    """
 
     seed: int
     instruction: str
     scene: dict[str, Any]
     metrics: dict[str, Any]
+    measures: dict[str, float]
     trace: list[dict[str, Any]]
     film: list[dict[str, np.ndarray]]
 
@@ -52,7 +56,8 @@ class _Episode:
 
     def finish(self, fps: float, n_action_steps: int) -> Rollout:
         metrics = summarize_episode(self.trace, fps, n_action_steps)
-        return Rollout(self.seed, self._history[-1].instruction, self.scene, metrics, self.trace, self.film)
+        measures = summarize_measures(self.trace)
+        return Rollout(self.seed, self._history[-1].instruction, self.scene, metrics, measures, self.trace, self.film)
 
 
 class _Rows:

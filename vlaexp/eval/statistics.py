@@ -6,12 +6,22 @@ from math import sqrt
 
 from scipy.stats import binomtest, norm
 
+POWER = 0.8  # share of repetitions in which a detectable difference is resolved
 
-def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a success rate (Wilson 1927); well behaved at 0 and 1, unlike the normal one."""
+
+def wilson_interval(
+    successes: int | float, episodes: int | float, confidence: float = 0.95, z: float | None = None
+) -> tuple[float, float]:
+    """Score interval of a success rate (Wilson 1927); well behaved at 0 and 1, unlike the normal one.
+
+    Args:
+        successes, episodes: counts; effective ones, where episodes are not independent, may be fractions.
+        confidence: of the interval.
+        z: half width in standard errors, where it is not the normal one of `confidence`.
+    """
     if not 0 <= successes <= episodes or episodes == 0:
         raise ValueError(f"{successes} successes in {episodes} episodes")
-    z = float(norm.ppf(0.5 + confidence / 2))
+    z = float(norm.ppf(0.5 + confidence / 2)) if z is None else z
     rate = successes / episodes
     denominator = 1 + z * z / episodes
     centre = (rate + z * z / (2 * episodes)) / denominator
@@ -24,9 +34,12 @@ class PairedDifference:
     """Success of A minus success of B on the same seeds.
 
     Attributes:
-        difference, ci_low, ci_high: in success rate; Newcombe's score interval for paired rates (1998, method 10).
-        p_value: exact McNemar test.
+        difference, ci_low, ci_high: in success rate; Newcombe's score interval for paired rates (1998, method 10), or
+            where seeds are pooled that of `vlaexp.eval.replicates`.
+        p_value: exact McNemar test, or where seeds are pooled Student's.
         only_a, only_b: episodes that one alone solved.
+        detectable: true difference that these episodes would resolve with probability `POWER`, given how often the two
+            disagree (Bloom 1995, minimum detectable effect: both quantiles times the standard error).
     """
 
     difference: float
@@ -36,6 +49,7 @@ class PairedDifference:
     only_a: int
     only_b: int
     episodes: int
+    detectable: float
 
     @property
     def resolvable(self) -> bool:
@@ -65,4 +79,7 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool], confidence: float = 
     high = difference + sqrt(max(0.0, up_a**2 - 2 * phi * up_a * down_b + down_b**2))
     changed = only_a + only_b
     p_value = float(binomtest(only_a, changed).pvalue) if changed else 1.0
-    return PairedDifference(difference, low, high, p_value, only_a, only_b, n)
+    quantiles = float(norm.ppf(0.5 + confidence / 2) + norm.ppf(POWER))
+    # one more disagreement than seen, as for pooled policies: agreement throughout is no proof of equality
+    error = sqrt(changed + 1 - (only_a - only_b) ** 2 / n) / n
+    return PairedDifference(difference, low, high, p_value, only_a, only_b, n, quantiles * error)

@@ -71,6 +71,7 @@ class Head(L.LightningModule, ABC):
             raise UserError(
                 f"{type(model).__name__} cannot carry head={self.name}, which needs {self.needs}; "
                 f"it carries {list(model.supported_heads)}"
+                + (f"; for others set {model.other_heads}" if model.other_heads else "")
             )
         if spec.space not in self.spaces:
             raise UserError(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlaexp.errors import UserError
-from vlaexp.head.layers import ChunkReadout, PlanSkip
+from vlaexp.head.layers import PlanSkip, regressor
 from vlaexp.head.prefix import PrefixHead
 from vlaexp.head.regression import Norm, distance
 from vlaexp.model.base import Prefix
@@ -40,7 +40,7 @@ class JointHead(PrefixHead):
             )
         self.register_buffer("_lower", torch.tensor(self.spec.lower), persistent=False)
         self.register_buffer("_upper", torch.tensor(self.spec.upper), persistent=False)
-        self.readout = ChunkReadout(self.model, self.action_horizon, self.spec.dim)
+        self.readout = regressor(self.model, self.action_horizon, self.spec.dim)
         self.skip = PlanSkip(self.model, self.state_norm, self.action_norm, self.spec, self.action_horizon)
 
     def loss(self, prefix: Prefix, action: Float[Tensor, "B H A"], valid: Float[Tensor, "B H"]) -> Tensor:

@@ -33,6 +33,25 @@ class ChunkReadout(nn.Module):
         return self.out(hidden)
 
 
+class LentReadout(nn.Module):
+    """The chunk by the model's own regression decoder (`vlaexp.model.base.ChunkDecoder`); no layers of the head's."""
+
+    def __init__(self, action_horizon: int) -> None:
+        super().__init__()
+        self._action_horizon = action_horizon
+
+    def forward(self, model: PrefixModel, prefix: Prefix) -> Float[Tensor, "B H A"]:
+        assert model.chunk_decoder is not None
+        return model.chunk_decoder.regress(prefix, self._action_horizon)
+
+
+def regressor(model: PrefixModel, action_horizon: int, action_dim: int) -> ChunkReadout | LentReadout:
+    """Of normalized actions: the model's own where it has one."""
+    if model.chunk_decoder is not None:
+        return LentReadout(action_horizon)
+    return ChunkReadout(model, action_horizon, action_dim)
+
+
 class PlanSkip(nn.Module):
     """A linear path from the model's plan (normalized state, then predicted goal) to the normalized chunk.
 

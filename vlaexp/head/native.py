@@ -73,10 +73,23 @@ class NativeHead(Head):
         batch = self.preprocess(inputs)
         return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
+    def save_pretrained(self, folder: Path) -> None:
+        """A policy that stands alone, as LeRobot's `pretrained_model`: configuration, weights and processors."""
+        self.model.save_pretrained(folder, self.n_action_steps)
+        self._save_processors(folder)
+
+    def load_pretrained(self, folder: Path) -> None:
+        """Policy and processors of such a folder, by LeRobot's own loaders."""
+        self.model.load_pretrained(folder)
+        self._load_processors(folder)
+
     def save_files(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder / FOLDER)
-        self.preprocess.save_pretrained(folder / FOLDER)
-        self.postprocess.save_pretrained(folder / FOLDER)
+        self._save_processors(folder / FOLDER)
+
+    def _save_processors(self, folder: Path) -> None:
+        self.preprocess.save_pretrained(folder)
+        self.postprocess.save_pretrained(folder)
 
     def load_files(self, folder: Path) -> None:
         path = folder / FOLDER
@@ -88,8 +101,12 @@ class NativeHead(Head):
                 f"{path}/config.json differs from the configuration that config.yaml leads to; "
                 "use the LeRobot version of the manifest"
             )
+        self._load_processors(path)
+
+    def _load_processors(self, folder: Path) -> None:
+        config = self.model.config
         with explained(config.type, config):
-            self.preprocess, self.postprocess = make_pre_post_processors(config, pretrained_path=str(path))
+            self.preprocess, self.postprocess = make_pre_post_processors(config, pretrained_path=str(folder))
         check_normalizers(config, self.preprocess, self.postprocess)
 
 

@@ -1,6 +1,7 @@
 """`head=regression`: the chunk by least squares or least absolute error, in the dataset's own action space.
 
 Parallel decoding with continuous outputs as in OpenVLA-OFT (Kim et al. 2025, arXiv 2502.19645), on any base model.
+OFT's own checkpoints (`vlaexp.model.openvla_oft`) bring the decoder too, to this head as to `joint` and `ee_delta`.
 """
 
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from vlaexp.head.layers import ChunkReadout, PlanSkip
+from vlaexp.head.layers import PlanSkip, regressor
 from vlaexp.head.prefix import PrefixHead
 from vlaexp.model.base import Prefix
 
@@ -30,7 +31,7 @@ class RegressionHead(PrefixHead):
     def __init__(self, norm: Norm = "mse", **common: Any) -> None:
         super().__init__(**common)
         self._norm: Norm = norm
-        self.readout = ChunkReadout(self.model, self.action_horizon, self.spec.dim)
+        self.readout = regressor(self.model, self.action_horizon, self.spec.dim)
         self.skip = PlanSkip(self.model, self.state_norm, self.action_norm, self.spec, self.action_horizon)
 
     def loss(self, prefix: Prefix, action: Float[Tensor, "B H A"], valid: Float[Tensor, "B H"]) -> Tensor:

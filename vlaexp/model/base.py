@@ -106,6 +106,25 @@ class ActionExpert(Protocol):
 
 
 @runtime_checkable
+class ChunkDecoder(Protocol):
+    """A regression decoder that a model ships.
+
+    Attributes:
+        action_dim: numbers per step that it gives.
+    """
+
+    action_dim: int
+
+    def regress(self, prefix: Prefix, action_horizon: int) -> Float[Tensor, "B H A"]:
+        """A chunk of normalized actions."""
+        ...
+
+    def restart_decoder(self) -> None:
+        """Draw its weights anew and call them `reinitialized`."""
+        ...
+
+
+@runtime_checkable
 class Denoiser(Protocol):
     """A diffusion decoder that a model ships, for vectors of a fixed width W in which an action has its slots.
 
@@ -139,6 +158,7 @@ class BaseModel(nn.Module, ABC):
         label_steps: steps, relative to the observation, whose actions training reads where they are not just the
             chunk's; they come as `Batch.targets["label"]`.
         supported_heads: which heads the model can carry.
+        other_heads: a setting under which it carries more; empty where there is none.
         training_seeds: ranges of the episodes that the loaded weights were trained on.
         reinitialized: prefixes of parameters that the loaded weights did not fit (another robot).
         landmarks: layers that freeze policies name, as paths: `embeddings` (token embedding) and `last_layer` of the
@@ -152,6 +172,7 @@ class BaseModel(nn.Module, ABC):
     n_obs_steps: int
     label_steps: tuple[int, ...] = ()
     supported_heads: tuple[str, ...]
+    other_heads: str = ""
     training_seeds: tuple[tuple[int, int], ...] = ()
     reinitialized: tuple[str, ...] = ()
     landmarks: Mapping[str, str] = MappingProxyType({})
@@ -186,6 +207,9 @@ class BaseModel(nn.Module, ABC):
         Raises:
             UserError: where one cannot be read.
         """
+
+    def read_statistics(self, dataset: NormStats) -> None:
+        """Learn how the training data are spread; most models need nothing of it."""
 
     def input_stats(self) -> NormStats | None:
         """Statistics that the loaded weights' inputs were normalized with; None where any will do."""
@@ -260,6 +284,11 @@ class PrefixModel(BaseModel):
     @property
     def action_expert(self) -> ActionExpert | None:
         """The model's own flow-matching decoder, whose weights are among the loaded ones; None where it has none."""
+        return None
+
+    @property
+    def chunk_decoder(self) -> ChunkDecoder | None:
+        """The model's own regression decoder; None where it has none."""
         return None
 
     @property

@@ -33,6 +33,7 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlaexp.data_types import Observation
@@ -133,6 +134,30 @@ class LeRobotPolicy(BaseModel):
         self._has_time = seen is not None
         self.n_obs_steps = 1 if seen is None else len(seen)
         self.label_steps = () if list(labels) == list(range(self.action_horizon)) else tuple(labels)
+
+    def save_pretrained(self, folder: Path, n_action_steps: int) -> None:
+        """Configuration and weights as LeRobot saves them, of a policy that executes `n_action_steps` of a chunk."""
+        own = self.config
+        known = {"n_action_steps": n_action_steps} if hasattr(own, "n_action_steps") else {}
+        self.policy.config = dataclasses.replace(own, **known)
+        try:
+            self.policy.save_pretrained(folder)
+        finally:
+            self.policy.config = own
+
+    def load_pretrained(self, folder: Path) -> None:
+        """Take the place of the policy by that of a folder, by LeRobot's own loader and the folder's own configuration.
+
+        Raises:
+            UserError: where tensors of the policy are not in the file, or conversely.
+        """
+        with explained(self.name, self.config):
+            policy = get_policy_class(self.name).from_pretrained(folder, strict=True)
+        check_loaded(policy, folder / WEIGHTS)
+        config: Any = policy.config
+        if hasattr(config, "n_action_steps"):
+            config.n_action_steps = self.action_horizon
+        self.policy = policy.eval()
 
     # ---- the tree ------------------------------------------------------------------------------------------------
 
@@ -259,6 +284,12 @@ def _read_config(policy: str, weights: str) -> dict[str, Any]:
             f"model.weights={weights} is neither a folder of LeRobot's `save_pretrained` nor in HF_HUB_CACHE="
             f"{constants.HF_HUB_CACHE} ({_first_line(error)}); get it with `hf download {weights}`, or give its folder"
         ) from error
+    except ValueError as error:
+        raise UserError(
+            f"the config.json of model.weights={weights} is damaged, or of no policy of LeRobot "
+            f"({_first_line(error).split(' Available')[0]}); expected type {policy!r}: copy it again, or choose "
+            "another model="
+        ) from error
     if config.type != policy:
         raise UserError(f"model.weights={weights} holds a {config.type}, not model.policy={policy}; set model.policy")
     return draccus.encode(config)  # type: ignore[return-value]
@@ -330,10 +361,19 @@ def _check_horizon(horizon: int, action_horizon: int, factor: int) -> None:
 
 def _make_policy(config: PreTrainedConfig, weights: str | None) -> PreTrainedPolicy:
     cls = get_policy_class(config.type)
+    folder = None if weights is None else Path(weights)
+    if folder is not None and folder.is_dir() and not (folder / WEIGHTS).exists():
+        raise UserError(
+            f"{folder} has no {WEIGHTS}, the one file in which LeRobot keeps weights; it holds "
+            f"{sorted(path.name for path in folder.iterdir())}; copy it too (pickles can run code, so they are not "
+            "opened)"
+        )
     try:
         if weights is None:
             return cls(config)
         policy = cls.from_pretrained(weights, config=config, strict=True)
+    except SafetensorError as error:
+        raise UserError(f"{WEIGHTS} of model.weights={weights} is damaged ({error}); copy or train it again") from error
     except (RuntimeError, ValueError) as error:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from error  # `explained` says what to download

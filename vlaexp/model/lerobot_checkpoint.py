@@ -4,14 +4,15 @@
     policy_{pre,post}processor_step_N_(un)normalizer_processor.safetensors   statistics, `<feature>.<statistic>`
 
 Older checkpoints keep statistics among the weights, as `normalize_inputs.buffer_observation_state.mean`; some for each
-of several datasets, as `so100.buffer.action.mean` or `normalize_targets.so100-blue_buffer_action.mean`. No code of a
-checkpoint is run and no pickle is opened.
+of several datasets, as `so100.buffer.action.mean` or `normalize_targets.so100-blue_buffer_action.mean`. openpi keeps
+them in `assets/<asset id>/norm_stats.json`. No code of a checkpoint is run and no pickle is opened.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlaexp.dataset.normalize import Mode, NormStats, Statistics
+from vlaexp.dataset.normalize import STATISTICS, Mode, NormStats, Statistics
 from vlaexp.errors import UserError, nearest
 from vlaexp.model.hub import read_json
 from vlaexp.model.weights import read_safetensors, read_shards
@@ -29,6 +30,8 @@ STATISTIC = re.compile(
     r"(?P<feature>[\w.]+)\.(?P<statistic>mean|std|min|max|q\d\d|count)"
 )
 NORMALIZERS = "policy_*normalizer_processor.safetensors"
+OPENPI_ASSETS = "assets"
+OPENPI_FEATURES = {"state": "observation.state", "actions": "action"}
 UNNAMED = "checkpoint"  # what a user calls statistics that belong to no named dataset
 QUANTITIES = {"state": ("observation.state", "STATE"), "action": ("action", "ACTION")}
 MODES: dict[str, Mode] = {"MEAN_STD": "mean_std", "MIN_MAX": "min_max", "QUANTILES": "q01_q99"}
@@ -62,7 +65,7 @@ class Checkpoint:
         What the mode does not need and the checkpoint lacks is that of a normal distribution.
 
         Args:
-            dataset: its name in the checkpoint; `checkpoint` for statistics without one.
+            dataset: its name in the checkpoint, openpi's asset id; `checkpoint` for statistics without one.
 
         Raises:
             UserError: where there are none, or not those of the mode.
@@ -79,6 +82,17 @@ class Checkpoint:
             if feature in found
         }
         return NormStats(quantities, {}, f"{dataset} of {self.folder}")
+
+
+def unpadded(stats: NormStats, width: int, sizes: Mapping[str, int | None]) -> NormStats:
+    """Statistics of vectors that were padded to `width`, for the `sizes` of the data's; openpi reads them so too."""
+
+    def first(theirs: Statistics, size: int | None) -> Statistics:
+        if size is None or theirs.mean.shape[-1] != width:
+            return theirs
+        return replace(theirs, **{name: getattr(theirs, name)[:size] for name in STATISTICS})
+
+    return replace(stats, quantities={name: first(value, sizes[name]) for name, value in stats.quantities.items()})
 
 
 def read_config(folder: Path, policy: str, published: str, openpi: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -124,6 +138,8 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
     _collect(statistics, old, folder)
     for path in sorted(folder.glob(NORMALIZERS)):
         _collect(statistics, read_safetensors(path), path)
+    for path in sorted((folder / OPENPI_ASSETS).rglob("norm_stats.json")):
+        statistics[path.parent.relative_to(folder / OPENPI_ASSETS).as_posix()] = _openpi_statistics(path)
     return Checkpoint(folder, weights, old, statistics, config.get("normalization_mapping") or {})
 
 
@@ -132,6 +148,8 @@ def save_checkpoint(folder: Path, source: Path, tensors: Mapping[str, Tensor]) -
     for path in (*source.glob("*.json"), *source.glob(NORMALIZERS)):
         if path.name != "model.safetensors.index.json":
             shutil.copy(path, folder / path.name)
+    if (source / OPENPI_ASSETS).is_dir():
+        shutil.copytree(source / OPENPI_ASSETS, folder / OPENPI_ASSETS)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -149,6 +167,23 @@ def _collect(statistics: dict[str, Features], tensors: Mapping[str, Tensor], sou
         raise UserError(f"{source} holds {unknown[:5]}, which are no statistics; download it again")
 
 
+def _openpi_statistics(path: Path) -> Features:
+    try:
+        given = json.loads(path.read_text())["norm_stats"]
+        return {
+            OPENPI_FEATURES[name]: {
+                key: np.asarray(row, dtype=np.float64) for key, row in rows.items() if row is not None
+            }
+            for name, rows in given.items()
+            if name in OPENPI_FEATURES
+        }
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error!r}); expected norm_stats with mean, std, q01 and q99 of state and actions, as "
+            "openpi writes them: copy it again"
+        ) from error
+
+
 def _statistics(given: Mapping[str, np.ndarray], kind: str, source: str) -> Statistics:
     if kind not in MODES:
         raise UserError(f"{source} is normalized as {kind}; expected one of {list(MODES)}; set model.statistics=null")
@@ -158,7 +193,7 @@ def _statistics(given: Mapping[str, np.ndarray], kind: str, source: str) -> Stat
     centre, spread = _centre_and_spread(given)
     ends = {"min": -3.0, "max": 3.0, "q01": -NORMAL_QUANTILE, "q99": NORMAL_QUANTILE}
     normal = {"mean": centre, "std": spread} | {name: centre + z * spread for name, z in ends.items()}
-    return Statistics(mode, **{name: np.asarray(given.get(name, value)) for name, value in normal.items()})
+    return Statistics(mode, **{name: np.asarray(given.get(name, value)) for name, value in normal.items()}, exact=True)
 
 
 def _centre_and_spread(given: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,9 @@ that stands before the action tokens is the first token of a suffix, so that eve
 Suffixes run through the language model itself: action tokens as `causal`, placeholders and noised actions as
 `bidirectional` suffixes in the manner of OpenVLA-OFT (arXiv 2502.19645), except that there the prompt sees the actions
 too, which would forbid to compute it once. Proprioception is not read; the published model has none.
+
+With OFT's own parts (`vlaexp.model.openvla_oft`), which its checkpoints bring, everything is as published there: the
+state is read, regression heads are OFT's, and nothing of the sequence is run before the actions' placeholders join it.
 """
 
 import json
@@ -29,20 +32,22 @@ from vlaexp.data_types import Observation
 from vlaexp.dataset.augment import central_crop
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
+from vlaexp.model import openvla_oft
 from vlaexp.model.action_tokenizer import ActionTokenizer
-from vlaexp.model.base import MaskKind, Prefix, PrefixModel
-from vlaexp.model.hub import decoder_folder, locate
+from vlaexp.model.base import ChunkDecoder, MaskKind, Prefix, PrefixModel
+from vlaexp.model.hub import WEIGHT_FILES, decoder_folder, locate
 from vlaexp.model.layer_cache import Cache, again, run_layers, visible
 from vlaexp.model.layers import KeysValues
 from vlaexp.model.openvla_checkpoint import (
     PUBLISHED,
     OpenVLAConfig,
     UnnormMode,
-    action_statistics,
+    pretraining_statistics,
     published_name,
     read_tokenizer,
     save_checkpoint,
 )
+from vlaexp.model.openvla_oft import PLACES, Decoding, Proprio
 from vlaexp.model.openvla_vision import Projector, Vision, resize
 from vlaexp.model.scratch import birthplace, check_sizes, word_tokenizer
 from vlaexp.model.weights import check_fit, fingerprint, read_shards
@@ -50,6 +55,7 @@ from vlaexp.model.weights import check_fit, fingerprint, read_shards
 EMPTY_WORD, EMPTY_ID = "\u2581", 29871  # as Llama-2 has it
 SPECIAL = ("<unk>", "<s>", "</s>", EMPTY_WORD)  # of the tokenizer of random weights
 SEEDS_FILE = "training_seeds.json"  # of merged weights: ranges of the episodes that they have seen
+FILES = (*WEIGHT_FILES, *openvla_oft.FILES)
 PUBLISHED_DTYPE = "bfloat16"
 PROMPT_LENGTH = 25  # tokens of a usual prompt, for the meta device, where there is no tokenizer
 
@@ -81,19 +87,23 @@ class Vocabulary:
 
 
 class OpenVLA(PrefixModel):
-    """See the module docstring. On the meta device nothing but a local config.json is read.
+    """See the module docstring. On the meta device a local config.json is read, and shapes of OFT's parts beside it.
 
     Args:
         cameras: the camera slots; one for the published model, several as in OpenVLA-OFT.
-        state_dim, goal_dim: of the data; the model reads neither.
+        state_dim, goal_dim, action_dim: of the data; without OFT's parts the model reads none of them, with them None
+            means those of the weights.
         weights: a folder in the published format, a hub id, or None to start from random weights.
         sizes: of random weights, fields of `OpenVLAConfig`; None for the published ones.
         revision: commit or branch of a hub id.
-        unnorm_key: the pretraining dataset whose action statistics are used; None for those of the training data.
+        unnorm_key: the pretraining dataset whose statistics are used, of the action and, where OFT's parts read it, of
+            the state, which is then clipped to [-1, 1]; None for those of the training data.
         unnorm_mode: the range that the checkpoint calls [-1, 1].
         dtype: of the weights; None for that of the checkpoint, float32 where there is none.
+        oft: OpenVLA-OFT's parts; None where the weights bring them, True also without (drawn anew, as OFT begins),
+            False for the language model alone, which other heads than regression need.
         center_crop: evaluate on the central 90% of the image's area; for policies trained with augmentation=openvla.
-        gradient_checkpointing: compute activations again in the backward pass, layer by layer.
+        gradient_checkpointing: compute activations again in the backward pass, layer by layer, images' too.
     """
 
     n_obs_steps = 1
@@ -106,12 +116,14 @@ class OpenVLA(PrefixModel):
         cameras: Sequence[str],
         state_dim: int | None,
         goal_dim: int,
+        action_dim: int | None = None,
         weights: str | None = PUBLISHED,
         sizes: Mapping[str, Any] | None = None,
         revision: str | None = None,
         unnorm_key: str | None = None,
         unnorm_mode: UnnormMode = "q01_q99",
         dtype: Literal["float32", "bfloat16"] | None = None,
+        oft: bool | None = None,
         center_crop: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -122,16 +134,26 @@ class OpenVLA(PrefixModel):
         on_meta = torch.get_default_device().type == "meta"
         chosen = check_sizes(sizes, weights, [field.name for field in fields(OpenVLAConfig)])
         no_files = weights is None or (on_meta and weights == PUBLISHED)
-        folder = None if no_files else locate(str(weights), revision, PUBLISHED)
+        folder = None if no_files else locate(str(weights), revision, PUBLISHED, files=FILES)
         config = OpenVLAConfig(**chosen) if folder is None else OpenVLAConfig.read(folder)
+        parts = {} if folder is None or oft is False else openvla_oft.read_parts(folder)
         text = config.llama()
         text._attn_implementation = "sdpa"
         self.config, self.width = config, text.hidden_size
         self.crops_at_evaluation, self._checkpointing = center_crop, gradient_checkpointing
         self._weights, self._unnorm_key = weights, unnorm_key
+        self.oft = bool(parts) if oft is None else oft
         self._unnorm_mode: UnnormMode = unnorm_mode
         with birthplace(weights):
-            self.vision = Vision(config)
+            self.vision = Vision(config, gradient_checkpointing)
+            patches = self.vision.featurizer.patch_embed.num_patches
+            positions = text.max_position_embeddings
+            if len(cameras) * patches >= positions:
+                raise UserError(
+                    f"model.cameras has {len(cameras)} of {patches} patches each; the language model of "
+                    f"{weights or 'model.sizes'} is made for {positions} tokens: take at most "
+                    f"{(positions - 1) // patches}"
+                )
             self.projector = Projector(self.vision.width, self.width)
             self.language = LlamaModel(text)
             self.decoder = Decoder(self.width, text.vocab_size)
@@ -142,17 +164,23 @@ class OpenVLA(PrefixModel):
         }
         self._fingerprint = "no weights on the meta device"
         self._bos, self._end, self._empty, self.tokenizer = 1, 2, EMPTY_ID, None
-        default = "float32" if weights is None else PUBLISHED_DTYPE
-        if on_meta:
-            self.to(getattr(torch, dtype or default))
-            return
-        self.tokenizer = self._read_tokenizer(folder)
-        self._bos, self._end, self._empty = (self._id(word) for word in ("<s>", "</s>", EMPTY_WORD))
-        if folder is None:
-            self.to(getattr(torch, dtype or default))
+        if not on_meta:
+            self.tokenizer = self._read_tokenizer(folder)
+            self._bos, self._end, self._empty = (self._id(word) for word in ("<s>", "</s>", EMPTY_WORD))
+        wanted = None if dtype is None else getattr(torch, dtype)
+        if folder is None or on_meta:
+            self.to(wanted or getattr(torch, "float32" if weights is None else PUBLISHED_DTYPE))
         else:
-            self._load(folder, None if dtype is None else getattr(torch, dtype))
-        self._fingerprint = fingerprint(self.state_dict())
+            self._load(folder, wanted)
+        if self.oft:
+            self.supported_heads, self.other_heads = ("regression", "joint", "ee_delta"), "model.oft=false"
+            widths = {"action_head": action_dim, "proprio_projector": state_dim}
+            wanted = wanted or self.language.embed_tokens.weight.dtype
+            self.reinitialized = openvla_oft.attach(self, parts, widths, self.width, wanted, str(folder))
+        if on_meta:
+            return
+        loaded = {name: value for name, value in self.state_dict().items() if not name.startswith(self.reinitialized)}
+        self._fingerprint = fingerprint(loaded)
         self.input_stats()  # an unknown key shall fail here
 
     def _read_tokenizer(self, folder: Path | None) -> Tokenizer:
@@ -188,8 +216,20 @@ class OpenVLA(PrefixModel):
     def input_stats(self) -> NormStats | None:
         if self._unnorm_key is None:
             return None
-        action = action_statistics(self.config.norm_stats, self._unnorm_key, self._unnorm_mode)
-        return NormStats({"action": action}, {}, f"{self._unnorm_key} of {self._weights}")
+        found = {
+            name: pretraining_statistics(self.config.norm_stats, self._unnorm_key, theirs, self._unnorm_mode)
+            for name, theirs in (("action", "action"), ("state", "proprio"))
+            if name == "action" or (self._proprio is not None and "projector.proprio." not in self.reinitialized)
+        }
+        return NormStats(found, {}, f"{self._unnorm_key} of {self._weights}")
+
+    @property
+    def _proprio(self) -> Proprio | None:
+        return getattr(self.projector, "proprio", None)
+
+    @property
+    def chunk_decoder(self) -> ChunkDecoder | None:
+        return Decoding(self, self._empty, self._end) if self.oft else None
 
     def weights_fingerprint(self) -> str:
         return self._fingerprint
@@ -199,7 +239,10 @@ class OpenVLA(PrefixModel):
 
     def save_weights(self, folder: Path, input_stats: NormStats, training_seeds: Sequence[tuple[int, int]]) -> None:
         """In the published format, the language model's head included, with two more files."""
-        save_checkpoint(folder, self._folder, {published_name(name): t for name, t in self.state_dict().items()})
+        state = self.state_dict()
+        language = {published_name(name): t for name, t in state.items() if not name.startswith(tuple(PLACES))}
+        save_checkpoint(folder, self._folder, language)
+        openvla_oft.write_parts(folder, state)
         input_stats.save(folder / "norm_stats.json")
         (folder / SEEDS_FILE).write_text(json.dumps(training_seeds) + "\n")
 
@@ -231,10 +274,16 @@ class OpenVLA(PrefixModel):
         real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         words = self.language.embed_tokens(ids)
         patches = torch.cat([self.projector(features) for features in self.features(observation)], 1)
+        if self._proprio is not None:
+            state = observation.state[:, -1]
+            token = self._proprio(state if self._unnorm_key is None else state.clamp(-1, 1))
+            patches = torch.cat([patches, token.to(patches.dtype)], 1)
         seen = real.new_ones(patches.shape[:2])
         # right after <s>; padding comes last, so that the positions of what is real count up without a gap
         x = torch.cat([words[:, :1], patches.to(words.dtype), words[:, 1:]], 1)
         mask = torch.cat([real[:, :1], seen, real[:, 1:]], 1)
+        if self.oft:
+            return Prefix(x, mask, None)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=device).tril()
         positions = torch.arange(x.shape[1], device=device).expand(len(x), -1)
         hidden, layers = self._run(x, positions, (causal & mask[:, None])[:, None], None)
@@ -243,12 +292,25 @@ class OpenVLA(PrefixModel):
     def extend(
         self, prefix: Prefix, suffix: Float[Tensor, "B M D"], mask_kind: MaskKind
     ) -> tuple[Float[Tensor, "B M D"], Prefix]:
+        if self.oft:
+            return self._extend_all(prefix, suffix, mask_kind)
         cache = prefix.cache
         assert isinstance(cache, Cache)
         attend, positions = cache.attention(visible(suffix.shape[1], mask_kind, suffix.device))
         x = suffix.to(self.language.embed_tokens.weight.dtype)
         hidden, layers = self._run(x, positions, attend, cache.layers)
         return hidden, replace(prefix, cache=cache.extended(layers, suffix.shape[1]))
+
+    def _extend_all(
+        self, prefix: Prefix, suffix: Float[Tensor, "B M D"], mask_kind: MaskKind
+    ) -> tuple[Float[Tensor, "B M D"], Prefix]:
+        """As OFT: every real token sees every other, so the embedded prefix runs together with the suffix."""
+        assert mask_kind == "bidirectional"  # no head that OFT's parts carry asks otherwise
+        x = torch.cat([prefix.hidden, suffix.to(prefix.hidden.dtype)], 1)
+        mask = torch.cat([prefix.mask, prefix.mask.new_ones(suffix.shape[:2])], 1)
+        attend = mask[:, None, None].expand(-1, -1, x.shape[1], -1)
+        hidden, _ = self._run(x, mask.cumsum(1) - 1, attend, None)
+        return hidden[:, prefix.hidden.shape[1] :], Prefix(x, mask, None)
 
     def repeat(self, prefix: Prefix, times: int) -> Prefix:
         assert isinstance(prefix.cache, Cache)

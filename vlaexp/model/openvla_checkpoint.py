@@ -141,16 +141,22 @@ def save_checkpoint(folder: Path, source: Path, tensors: Mapping[str, Tensor]) -
     save_torch_state_dict(dict(tensors), folder, metadata={"format": "pt"})
 
 
-def action_statistics(norm_stats: Mapping[str, Any], key: str, mode: UnnormMode = "q01_q99") -> Statistics:
-    """Statistics of the actions of a pretraining dataset, for `vlaexp.dataset.normalize`.
+def pretraining_statistics(
+    norm_stats: Mapping[str, Any], key: str, quantity: str = "action", mode: UnnormMode = "q01_q99"
+) -> Statistics:
+    """Statistics of a quantity of a pretraining dataset, for `vlaexp.dataset.normalize`.
 
-    Where the published mask is false (a gripper from 0 to 1) actions were left as they are; a range from -1 to 1 says
+    Where the published mask is false (a gripper from 0 to 1) numbers were left as they are; a range from -1 to 1 says
     the same.
 
     Args:
         norm_stats: of the checkpoint.
         key: name of the dataset; `_no_noops` may be left out.
+        quantity: `action` or `proprio`.
         mode: the range that became [-1, 1].
+
+    Raises:
+        UserError: where the checkpoint lacks the dataset, or it the quantity.
     """
     found = next((name for name in (key, f"{key}_no_noops") if name in norm_stats), None)
     if found is None:
@@ -158,8 +164,13 @@ def action_statistics(norm_stats: Mapping[str, Any], key: str, mode: UnnormMode 
             f"model.unnorm_key={key} is not in the checkpoint's norm_stats ({nearest(key, norm_stats)}); set "
             "model.unnorm_key to the dataset whose actions you want, or null for statistics of your own data"
         )
-    stats = norm_stats[found]["action"]
+    if quantity not in norm_stats[found]:
+        raise UserError(
+            f"norm_stats of {found} in the checkpoint have no {quantity!r} ({sorted(norm_stats[found])}); set "
+            "model.unnorm_key=null for statistics of your own data"
+        )
+    stats = norm_stats[found][quantity]
     mask = np.asarray(stats.get("mask", [True] * len(stats["q01"])), dtype=bool)
     ranges = {"min": -1.0, "max": 1.0, "q01": -1.0, "q99": 1.0}
     values = {name: np.where(mask, stats[name], unmasked) for name, unmasked in ranges.items()}
-    return Statistics(mode, np.asarray(stats["mean"]), np.asarray(stats["std"]), **values)
+    return Statistics(mode, np.asarray(stats["mean"]), np.asarray(stats["std"]), **values, exact=True)

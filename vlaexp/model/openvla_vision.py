@@ -20,10 +20,12 @@ from vlaexp.model.openvla_checkpoint import OpenVLAConfig
 class Vision(nn.Module):
     """Patches (n, N, C) of images that `resize` made, DINOv2's channels before SigLIP's."""
 
-    def __init__(self, config: OpenVLAConfig) -> None:
+    def __init__(self, config: OpenVLAConfig, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.size = config.image_sizes[0]
         self.featurizer, self.fused_featurizer = (_tower(config, i) for i in range(2))
+        for tower in (self.featurizer, self.fused_featurizer):
+            tower.set_grad_checkpointing(gradient_checkpointing)
         self.width = self.featurizer.embed_dim + self.fused_featurizer.embed_dim
         self._means, self._stds = config.means, config.stds
 

@@ -27,7 +27,7 @@ from vlaexp.model.base import Prefix
 from vlaexp.model.flow_vla import Dtype, FlowVLA, grey_levels
 from vlaexp.model.hub import locate, read_tokenizer
 from vlaexp.model.layer_cache import Cache, visible
-from vlaexp.model.lerobot_checkpoint import read_checkpoint, read_config, refuse
+from vlaexp.model.lerobot_checkpoint import read_checkpoint, read_config, refuse, unpadded
 from vlaexp.model.pi0_layers import FlowMatching
 from vlaexp.model.scratch import birthplace, check_sizes, word_tokenizer
 from vlaexp.model.weights import fingerprint
@@ -62,15 +62,15 @@ class Pi0(FlowVLA):
 
     Args:
         cameras: the camera slots, in order; the published model was trained with up to three.
-        state_dim: of the data.
+        state_dim, action_dim: of the data; None where they don't matter.
         weights: a folder in LeRobot's or openpi's converted format, a hub id, or None to start from random weights.
         sizes: of random weights, fields of LeRobot's PI0Config and those of `FlowMatching`; None for the published.
         revision: commit or branch of a hub id.
         tokenizer: folder or hub id of PaliGemma's tokenizer; None for that in the checkpoint, else the published one.
-        statistics: dataset whose statistics in the checkpoint are used, `checkpoint` where they have no name; None for
-            those of the training data.
+        statistics: dataset (for openpi, asset id) whose statistics in the checkpoint are used, `checkpoint` where they
+            have no name; None for those of the training data.
         dtype: of the weights (`FlowVLA`); None for that of the checkpoint, float32 where there is none.
-        gradient_checkpointing: compute activations of language model and expert again, layer by layer.
+        gradient_checkpointing: compute activations again in the backward pass, layer by layer.
     """
 
     name = "pi0"
@@ -91,6 +91,7 @@ class Pi0(FlowVLA):
         self,
         cameras: Sequence[str],
         state_dim: int | None,
+        action_dim: int | None = None,
         weights: str | None = published,
         sizes: Mapping[str, Any] | None = None,
         revision: str | None = None,
@@ -122,6 +123,8 @@ class Pi0(FlowVLA):
             decoder.config._attn_implementation = "sdpa"
         self.width = self.language.config.hidden_size
         self.plan_width = self.state_dim
+        if gradient_checkpointing:
+            self.model.paligemma_with_expert.paligemma.model.vision_tower.gradient_checkpointing_enable()
         name = self.parts["language"][0]
         last = self.language.config.num_hidden_layers - 1
         self.landmarks = {"embeddings": f"{name}.embed_tokens", "last_layer": f"{name}.layers.{last}"}
@@ -133,6 +136,9 @@ class Pi0(FlowVLA):
             return
         self._read_tokenizer(folder, tokenizer)
         self.load(read_checkpoint(folder, given), dtype)
+        if statistics is not None and self._stats is not None:
+            widths = {"state": state_dim, "action": action_dim}
+            self._stats = unpadded(self._stats, self.action_dim, widths)
         self._fill()
 
     def _read_tokenizer(self, folder: Path | None, given: str | None) -> None:

@@ -43,6 +43,7 @@ from vlaexp.model.rdt_checkpoint import (
     published_name,
     read_weights,
 )
+from vlaexp.model.rdt_dropout import ConditionDropout
 from vlaexp.model.rdt_language import Language
 from vlaexp.model.rdt_slots import SLOTS, checked, placed, slots_of
 from vlaexp.model.rdt_transformer import DiffusionTransformer, adaptor
@@ -67,11 +68,21 @@ class Projector(nn.Module):
 
 @dataclass(frozen=True)
 class Conditions:
-    """Keys and values for each block's cross-attention, which language tokens are real, and the state's token."""
+    """What a diffusion step is given.
+
+    Attributes:
+        keys_values: for each block's cross-attention.
+        language_mask: which language tokens are real.
+        state: the state's token.
+        slots: 1 where the row says which slots mean something, 0 where training dropped that.
+        frequency: likewise for the control frequency.
+    """
 
     keys_values: tuple[KeysValues, ...]
     language_mask: Bool[Tensor, "B L"]
     state: Float[Tensor, "B 1 D"]
+    slots: Float[Tensor, "B 1 1"]
+    frequency: Float[Tensor, "B"]
 
 
 class RDT(PrefixModel):
@@ -93,6 +104,8 @@ class RDT(PrefixModel):
             the published one.
         language_embeddings: folder that keeps embeddings of instructions; None for a fixed random vector per word.
         text_encoder: folder of T5-XXL, for instructions that `language_embeddings` lacks.
+        condition_dropout: probability in training that a condition is lost (`rdt_dropout`).
+        state_noise_snr: signal-to-noise ratio in dB of the state in training; None for no noise.
         dtype: of the weights; None for that of the RDT checkpoint, float32 where there is none.
         gradient_checkpointing: compute activations again in the backward pass, block by block.
     """
@@ -116,6 +129,8 @@ class RDT(PrefixModel):
         vision_weights: str | None = None,
         language_embeddings: str | None = "~/.cache/vlaexp/language_embeddings",
         text_encoder: str | None = None,
+        condition_dropout: float = 0.1,
+        state_noise_snr: float | None = 40.0,
         dtype: Literal["float32", "bfloat16"] | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -148,12 +163,15 @@ class RDT(PrefixModel):
         self.config, self.width = config, config.hidden_size
         state_dim = len(state_slots) if state_dim is None else state_dim
         self._state_slots = checked(state_slots, state_dim, "model.state_slots")
+        self.dropout = ConditionDropout(condition_dropout, state_noise_snr, state_dim)
         self._action_dim, self._normalize = action_dim, normalize
         self._weights, self._checkpointing = weights, gradient_checkpointing
         encoder = None if text_encoder is None else Path(text_encoder).expanduser()
         embeddings = None if language_embeddings is None else Path(language_embeddings).expanduser()
         with birthplace(weights):
             self.vision = Vision(vision)
+            if gradient_checkpointing:
+                self.vision.gradient_checkpointing_enable()
             self.projector = Projector(config)
             self.language = Language(config, embeddings, encoder)
             self.decoder = DiffusionTransformer(config)
@@ -220,10 +238,14 @@ class RDT(PrefixModel):
 
     @property
     def sample_instructions(self) -> Sequence[str]:
-        return self.language.known() or super().sample_instructions
+        return [text for text in self.language.known() if text] or super().sample_instructions
 
     def read_instructions(self, instructions: Sequence[str]) -> None:
-        self.language.read(instructions)
+        self.language.read([*instructions, ""] if self.dropout.needs_empty_instruction else instructions)
+
+    def read_statistics(self, dataset: NormStats) -> None:
+        used = self.input_stats() or dataset
+        self.dropout.read(dataset.quantities["state"], used.affine("state"))
 
     # ---- conditions -------------------------------------------------------------------------------------------------
 
@@ -239,23 +261,29 @@ class RDT(PrefixModel):
 
     def prefill(self, observation: Observation) -> Prefix:
         position = self.decoder.lang_cond_pos_embed
-        language, mask = self.language(observation.instruction, position)
+        language, mask = self.language(self.dropout.instructions(observation.instruction), position)
         language = language + position[:, : language.shape[1]]
         images = self.projector.img_adaptor(self._image_tokens(observation)) + self.decoder.img_cond_pos_embed
         keys_values = tuple(
             self._run(block.cross_attn.keys_values, images if i % 2 else language)  # type: ignore[union-attr]
             for i, block in enumerate(self.decoder.blocks)
         )
-        state = self._tokens(placed(observation.state[:, -1:], self._state_slots), self._state_slots)
+        rows = len(images)
+        slots, frequency = self.dropout.kept(rows, 1, 1).float(), self.dropout.kept(rows).float()
+        state = placed(self.dropout.state(observation.state[:, -1])[:, None], self._state_slots)
+        conditions = Conditions(keys_values, mask, self._tokens(state, self._state_slots, slots), slots, frequency)
         seen = images.new_ones(images.shape[:2], dtype=torch.bool)
-        return Prefix(images, seen, Conditions(keys_values, mask, state))
+        return Prefix(images, seen, conditions)
 
     def _image_tokens(self, observation: Observation) -> Float[Tensor, "B N C"]:
         """Of all frames, cameras and patches, in this order."""
         views = [self._features(observation, camera) for camera in self.cameras]
         if missing := self.config.num_cameras - len(views):
             views += [self.vision.nothing()[None].expand_as(views[0])] * missing
-        return torch.stack(views, 2).flatten(1, 3)
+        tokens = torch.stack(views, 2)
+        if self.dropout.active:
+            tokens = torch.where(self.dropout.kept(*tokens.shape[:3], 1, 1), tokens, self.vision.nothing())
+        return tokens.flatten(1, 3)
 
     def _features(self, observation: Observation, camera: str) -> Float[Tensor, "B T N C"]:
         if observation.features is not None:
@@ -269,15 +297,18 @@ class RDT(PrefixModel):
         features = self.encode_images(self.preprocess_images(images.flatten(0, 1)), camera)
         return features.unflatten(0, images.shape[:2])
 
-    def _tokens(self, values: Float[Tensor, "B M W"], slots: Sequence[int]) -> Float[Tensor, "B M D"]:
-        """Tokens of unified vectors of which `slots` mean something."""
-        mask = placed(values.new_ones(len(slots)), slots).expand_as(values)
+    def _tokens(
+        self, values: Float[Tensor, "B M W"], slots: Sequence[int], said: Float[Tensor, "B 1 1"]
+    ) -> Float[Tensor, "B M D"]:
+        """Tokens of unified vectors of which `slots` mean something, in the rows where that is said."""
+        mask = said * placed(values.new_ones(len(slots)), slots).expand_as(values)
         return self.projector.state_adaptor(torch.cat([values, mask], -1).to(self._dtype))
 
     def repeat(self, prefix: Prefix, times: int) -> Prefix:
         cache = _conditions(prefix)
         keys_values = tuple((again(keys, times), again(values, times)) for keys, values in cache.keys_values)
-        conditions = Conditions(keys_values, again(cache.language_mask, times), again(cache.state, times))
+        rest = (cache.language_mask, cache.state, cache.slots, cache.frequency)
+        conditions = Conditions(keys_values, *(again(x, times) for x in rest))
         return Prefix(again(prefix.hidden, times), again(prefix.mask, times), conditions)
 
     # ---- the diffusion transformer ----------------------------------------------------------------------------------
@@ -296,9 +327,10 @@ class RDT(PrefixModel):
         self, prefix: Prefix, x_t: Float[Tensor, "B H W"], t: Float[Tensor, "B"], spec: ActionSpec
     ) -> Float[Tensor, "B H W"]:
         step = self.decoder.t_embedder(t, self._dtype)
-        frequency = self.decoder.freq_embedder(torch.full_like(t, spec.fps), self._dtype)
-        actions = self._tokens(x_t, slots_of(spec))
-        tokens = torch.cat([step, frequency, _conditions(prefix).state, actions], 1)
+        given = _conditions(prefix)
+        frequency = self.decoder.freq_embedder(spec.fps * given.frequency, self._dtype)
+        actions = self._tokens(x_t, slots_of(spec), given.slots)
+        tokens = torch.cat([step, frequency, given.state, actions], 1)
         hidden, _ = self.extend(prefix, tokens, "bidirectional")
         return self.decoder.final_layer(hidden[:, -x_t.shape[1] :]).float()
 

@@ -98,6 +98,7 @@ class Language(nn.Module):
                 f"no language embedding of {list(instructions)} in model.language_embeddings={folder}; download "
                 f"{T5} into a folder and set model.text_encoder=FOLDER (each instruction is encoded once and kept), "
                 f"or copy {embedding_file(folder, instructions[0]).name} from where it was made"
+                + ("; model.condition_dropout=0 needs no empty instruction" if "" in instructions else "")
             )
         print(f"encoding {len(instructions)} instructions with {self._text_encoder}", file=sys.stderr, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ class Language(nn.Module):
 
 def embedding_file(folder: Path, instruction: str) -> Path:
     """Where the embedding of an instruction lies."""
-    words = re.sub(r"[^a-z0-9]+", "-", instruction.lower()).strip("-")[:60]
+    words = re.sub(r"[^a-z0-9]+", "-", instruction.lower()).strip("-")[:60] or "empty"
     return folder / f"{words}-{hashlib.sha256(instruction.encode()).hexdigest()[:12]}.safetensors"
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from lerobot.policies.common.vla_utils import resize_with_pad
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from torch import Tensor
-from transformers import DynamicCache, SmolVLMConfig
+from transformers import SmolVLMConfig
 
 from vlaexp.errors import UserError
 from vlaexp.model.base import Prefix
@@ -73,7 +73,7 @@ class SmolVLA(FlowVLA):
         statistics: dataset whose statistics in the checkpoint are used, `checkpoint` where they have no name; None for
             those of the training data.
         dtype: of the weights (`FlowVLA`); None for that of the checkpoint, float32 where there is none.
-        gradient_checkpointing: compute activations of the language model again, layer by layer.
+        gradient_checkpointing: compute activations again in the backward pass, layer by layer.
     """
 
     name = "smolvla"
@@ -130,6 +130,8 @@ class SmolVLA(FlowVLA):
         self.language.config._attn_implementation = "sdpa"
         self.width = self.language.config.hidden_size
         self.plan_width = self.state_dim
+        if gradient_checkpointing:
+            self.model.vlm_with_expert.vlm.model.vision_model.gradient_checkpointing_enable()
         name = self.parts["language"][0]
         self.landmarks = {
             "embeddings": f"{name}.embed_tokens",
@@ -186,12 +188,8 @@ class SmolVLA(FlowVLA):
         assert isinstance(cache, Cache)
         suffix, *_ = self.model.embed_suffix(x_t, 1 - t)
         attend, positions = cache.attention(visible(x_t.shape[1], "causal", x_t.device))
-        (_, hidden), _ = self.model.vlm_with_expert(
-            attention_mask=attend[:, 0],
-            position_ids=positions,
-            past_key_values=DynamicCache(cache.layers),  # grows; the tensors of ours do not
-            inputs_embeds=[None, suffix],
-            use_cache=True,
+        hidden = self.model.vlm_with_expert.run_expert(
+            suffix, positions, attend[:, 0], cache.layers, self._checkpointing and self.training
         )
         return -self.model.action_out_proj(hidden.float())
 

@@ -3,11 +3,15 @@
 import copy
 from typing import Any
 
+from jaxtyping import Bool, Float, Int
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
 from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel, get_intermediate_size
-from torch import nn
-from transformers import AutoModel, SmolVLMForConditionalGeneration
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, DynamicCache, SmolVLMForConditionalGeneration
+
+from vlaexp.model.layers import KeysValues
 
 WAVELENGTH = 10_000.0  # of the rotary embedding, whatever the vision-language model was trained with
 SMOLVLM2_500M: dict[str, Any] = {  # config.json of HuggingFaceTB/SmolVLM2-500M-Video-Instruct
@@ -70,6 +74,39 @@ class VisionLanguageExpert(SmolVLMWithExpertModel):
                 attention, width = layer.self_attn, text.num_key_value_heads * text.head_dim
                 attention.k_proj = nn.Linear(width, width, bias=own.attention_bias)
                 attention.v_proj = nn.Linear(width, width, bias=own.attention_bias)
+
+    def run_expert(
+        self,
+        x: Float[Tensor, "B H E"],
+        positions: Int[Tensor, "B H"],
+        attend: Bool[Tensor, "B H L"],
+        past: tuple[KeysValues, ...],
+        checkpointing: bool,
+    ) -> Float[Tensor, "B H E"]:
+        """What `forward` gives of the expert after a prefix with keys and values `past`, layer by layer."""
+        layers = self.get_model_layers([self.get_vlm_model().text_model, self.lm_expert])
+        for i in range(self.num_vlm_layers):
+            args = (layers, i, x, positions, attend, past)
+            x = (
+                checkpoint(self._expert_layer, *args, use_reentrant=False)  # type: ignore[assignment]
+                if checkpointing
+                else self._expert_layer(*args)
+            )
+        return self.lm_expert.norm(x)
+
+    def _expert_layer(
+        self, layers: Any, i: int, x: Tensor, positions: Tensor, attend: Tensor, past: tuple[KeysValues, ...]
+    ) -> Tensor:
+        if (layer := layers[1][i]) is None:  # an expert of fewer layers than the language model
+            return x
+        every = self.self_attn_every_n_layers
+        alone = "cross" in self.attention_mode and not (every > 0 and i % every == 0)
+        attention = self.forward_cross_attn_layer if alone else self.forward_attn_layer
+        head_dim = layer.self_attn.head_dim
+        cache = DynamicCache(past)  # grows; the tensors of `past` do not
+        (seen,), _ = attention(layers, [None, x], i, positions, attend, len(x), head_dim, True, cache)
+        x = layer.self_attn.o_proj(seen.to(layer.self_attn.o_proj.weight.dtype)) + x
+        return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 class FlowMatching(VLAFlowMatching):

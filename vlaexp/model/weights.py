@@ -28,9 +28,13 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are not frozen, and buffers: batch normalization learns its statistics."""
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    buffers = {name: value for name, value in module.state_dict().items() if name not in parameters}
+    """Parameters that are not frozen, and persistent buffers: batch normalization learns its statistics."""
+    buffers = {
+        f"{where}.{name}".lstrip("."): value
+        for where, child in module.named_modules()
+        for name, value in child.named_buffers(recurse=False)
+        if name not in child._non_persistent_buffers_set
+    }
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad} | buffers
 
 

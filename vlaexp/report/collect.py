@@ -73,6 +73,7 @@ def evidence_rows(folder: Path) -> list[Row]:
             "latency_p95": summary["latency_ms_p95"],
             "mean_steps": summary["mean_steps"],
             "unreachable_per_episode": summary["unreachable_per_episode"],
+            "measures": summary.get("measures", {}),  # older evidence has none
             "success_by_family": summary["success_by_family"],
             "question": summary["question"],
             "episodes_key": _episodes_key(summary["request"]),

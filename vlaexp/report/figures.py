@@ -10,10 +10,13 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from vlaexp.report import curves
 from vlaexp.report.collect import Row
+from vlaexp.report.ladders import Ladder
 from vlaexp.report.panels import (
     MARKERS,
     PALETTE,
+    PERCENT,
     STYLE,
     Dots,
     Picture,
@@ -25,25 +28,28 @@ from vlaexp.report.panels import (
     log_ticks,
     name_policies,
     policies_of,
+    rate,
     save,
-    whiskers,
 )
-from vlaexp.report.words import Names, key, latest, ordered
+from vlaexp.report.pool import replicates
+from vlaexp.report.words import Names, key, latest, ordered, run_names
 
 Journal = Sequence[tuple[int, Mapping[str, float]]]
 Splits = Mapping[str, Sequence[Row]]
 
 CURVES = ("train/loss", "val/action_mse", "val/tool_error_mm")
-PERCENT = (-3.0, 103.0)  # so that a dot at 0 or 100 shows whole
 
 
-def draw(rows: Sequence[Row], names: Names, journals: Mapping[str, Journal]) -> list[Picture]:
+def draw(
+    rows: Sequence[Row], names: Names, journals: Mapping[str, Journal], rungs: Mapping[str, Sequence[Ladder]]
+) -> list[Picture]:
     """Every picture that the data can fill.
 
     Args:
-        rows: of a comparison; a run's last milestone stands for it, save in the picture of success against steps.
+        rows: of a comparison; a run's last milestone stands for it, save in the pictures of success against steps.
         names: policies in their order, by name.
         journals: run name to its journal.
+        rungs: split to its ladders.
     """
     splits: dict[str, list[Row]] = {}
     for row in ordered(rows):
@@ -51,22 +57,33 @@ def draw(rows: Sequence[Row], names: Names, journals: Mapping[str, Journal]) -> 
     last = {split: latest(found) for split, found in splits.items()}
     several = any(len(last[split]) < len(splits[split]) for split in splits)
     once = " Of each run its last milestone." if several else ""
-    curves = [metric for metric in CURVES if any(metric in row for rows in journals.values() for _, row in rows)]
+    pooled = any("replicates" in row for row in rows)
+    dots_of_seeds = " Faint dots are single seeds." if pooled else ""
+    metrics = [metric for metric in CURVES if any(metric in row for rows in journals.values() for _, row in rows)]
     with matplotlib.rc_context(STYLE):
         pictures = [save("success", "Success", f"Success rate with 95% interval.{once}", _success(last, names))]
         if several:
             caption = (
                 "Success rate with 95% interval at each milestone; runs stand slightly apart so that whiskers show."
+                f"{dots_of_seeds}"
             )
-            pictures.append(save("steps", "Success against steps", caption, _steps(splits, names)))
-        if curves:
+            pictures.append(save("steps", "Success against steps", caption, curves.steps(splits, names)))
+        if any(len(ladder.cells) > 1 for found in rungs.values() for ladder in found):
+            caption = f"Success rate with 95% interval of each adaptation at equal steps.{dots_of_seeds}"
+            pictures.append(save("ranks", "Success against rank", caption, curves.ranks(rungs)))
+        if metrics:
             caption = "From the journals of the runs. Losses of different decoders have different scales."
-            pictures.append(save("training", "Training", caption, _training(journals, curves, _run_names(names))))
-        caption = (
-            "Mean squared jerk of the tool, lower is smoother. A policy that hardly moves is smooth too: read it "
-            f"beside success.{once}"
-        )
-        pictures.append(save("smoothness", "Smoothness", caption, _smoothness(last, names)))
+            caption += " Each seed has a line." if pooled else ""
+            labels = run_names(names)
+            runs = {seed["run"]: labels[row["run"]] for row in rows for seed in replicates(row)}
+            pictures.append(save("training", "Training", caption, _training(journals, metrics, runs)))
+        measured = {split: [row for row in found if row["smoothness"] is not None] for split, found in last.items()}
+        if smooth := {split: found for split, found in measured.items() if found}:
+            caption = (
+                "Mean squared jerk of the tool, lower is smoother. A policy that hardly moves is smooth too: read it "
+                f"beside success.{once}"
+            )
+            pictures.append(save("smoothness", "Smoothness", caption, _smoothness(smooth, names)))
         split, found = next(iter(last.items()))
         caption = (
             "Left: latency of one decision on the machine that ran the evaluation, median with a whisker to the 95th "
@@ -80,7 +97,7 @@ def draw(rows: Sequence[Row], names: Names, journals: Mapping[str, Journal]) -> 
 
 
 def _success(splits: Splits, names: Names) -> Figure:
-    return dots([Dots(split, "success, %", rows, _rate, limits=PERCENT) for split, rows in splits.items()], names)
+    return dots([Dots(split, "success, %", rows, rate, limits=PERCENT) for split, rows in splits.items()], names)
 
 
 def _smoothness(splits: Splits, names: Names) -> Figure:
@@ -104,36 +121,21 @@ def _cost(rows: Sequence[Row], names: Names) -> Figure:
     )
 
 
-def _steps(splits: Splits, names: Names) -> Figure:
-    trained = {row["run"] for rows in splits.values() for row in rows if row["role"] == "trained"}
-    runs = {run: name for run, name in _run_names(names).items() if run in trained}
-    span = max(row["steps"] for rows in splits.values() for row in rows)
-    figure, axes = grid(len(splits), 2.6)
-    for axis, (split, rows) in zip(axes, splits.items(), strict=True):
-        axis.set(title=split, xlabel="steps", ylabel="success, %", ylim=PERCENT)
-        for index, (run, name) in enumerate(runs.items()):
-            found = sorted((row for row in rows if row["run"] == run), key=lambda row: row["steps"])
-            x = [row["steps"] + 0.008 * span * (index - (len(runs) - 1) / 2) for row in found]
-            rates = [_rate(row) for row in found]
-            y = [rate for _, rate, _ in rates]
-            axis.errorbar(x, y, whiskers(rates), marker="o", ms=3.5, elinewidth=0.8, **line(index, name))
-    legend(figure, [Line2D([], [], marker="o", ms=3.5, **line(i, name)) for i, name in enumerate(runs.values())])
-    return figure
-
-
 def _training(journals: Mapping[str, Journal], metrics: Sequence[str], runs: Mapping[str, str]) -> Figure:
     """One panel per metric; runs in the order of the other pictures, those that nobody evaluated last."""
     known = [*(run for run in runs if run in journals), *(run for run in journals if run not in runs)]
+    labels = list(dict.fromkeys(runs.get(run, run) for run in known))  # seeds of one policy share theirs
     figure, axes = grid(len(metrics), 2.6)
     for axis, metric in zip(axes, metrics, strict=True):
         axis.set(title=metric, xlabel="steps")
         if not any(row.get(metric, 1.0) <= 0 for run in known for _, row in journals[run]):
             axis.set_yscale("log")
             log_ticks(axis.yaxis)
-        for index, run in enumerate(known):
+        for run in known:
             found = [(step, row[metric]) for step, row in journals[run] if metric in row]
-            axis.plot([step for step, _ in found], [value for _, value in found], **line(index, run))
-    legend(figure, [Line2D([], [], **line(index, runs.get(run, run))) for index, run in enumerate(known)])
+            look = line(labels.index(runs.get(run, run)), run)
+            axis.plot([step for step, _ in found], [value for _, value in found], **look)
+    legend(figure, [Line2D([], [], **line(index, label)) for index, label in enumerate(labels)])
     return figure
 
 
@@ -155,13 +157,3 @@ def _families(splits: Splits, names: Names) -> Figure:
     name_policies(axes[0], order, names)
     legend(figure, [Line2D([], [], **look) for look in looks])
     return figure
-
-
-def _rate(row: Row) -> tuple[float, float, float]:
-    """Success rate in percent: low end of the interval, rate, high end."""
-    return 100 * row["ci_low"], 100 * row["success_rate"], 100 * row["ci_high"]
-
-
-def _run_names(names: Names) -> dict[str, str]:
-    """Names of runs: those of their policies without the step."""
-    return {run: name.replace(f" step {steps}", "") for (run, steps), name in names.items()}

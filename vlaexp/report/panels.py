@@ -41,6 +41,7 @@ KIND_LOOK = {
     "baseline": ("#8b929a", "^"),
 }
 WIDTH, COLUMNS = 10.0, 3  # inches, panels side by side
+PERCENT = (-3.0, 103.0)  # so that a dot at 0 or 100 shows whole
 
 Policy = tuple[str, int]
 
@@ -97,6 +98,11 @@ def dots(panels: Sequence[Dots], names: Names) -> Figure:
     looks = [(name, *KIND_LOOK[name]) for name in KINDS if name in kinds]
     legend(figure, [Line2D([], [], ls="", color=color, marker=marker, label=name) for name, color, marker in looks])
     return figure
+
+
+def rate(row: Row) -> tuple[float, float, float]:
+    """Success rate in percent: low end of the interval, rate, high end."""
+    return 100 * row["ci_low"], 100 * row["success_rate"], 100 * row["ci_high"]
 
 
 def whiskers(values: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:

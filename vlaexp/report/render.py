@@ -16,34 +16,15 @@ from vlaexp.errors import UserError
 from vlaexp.report import figures, films, words
 from vlaexp.report.collect import Row
 from vlaexp.report.figures import Journal
+from vlaexp.report.frame import FRAME
+from vlaexp.report.ladders import Ladder, cell_table, conclusions, ladders
+from vlaexp.report.method import axes_text, method
+from vlaexp.report.pool import replicates
+from vlaexp.report.tables import PAIR_COLUMNS, Columns, pair_table, policy_cells, policy_columns
 from vlaexp.report.words import Couple, Names, key
 
 PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
 COLLAPSE = 30  # rows of paired differences that are shown unfolded
-POLICY_COLUMNS = (  # heading, is a number
-    ("policy", False),
-    ("role", False),
-    ("base", False),
-    ("action space", False),
-    ("LoRA", False),
-    ("steps", True),
-    ("successes", True),
-    ("rate, %", True),
-    ("95% interval", True),
-    ("jerk, m²/s⁶", True),
-    ("seam jump, mm", True),
-    ("latency, ms (p95)", True),
-    ("trainable", True),
-)
-PAIR_COLUMNS = (
-    ("A", False),
-    ("B", False),
-    ("differ in", False),
-    ("A − B, points", True),
-    ("95% interval", True),
-    ("p", True),
-    ("resolvable", False),
-)
 
 
 def render(
@@ -59,7 +40,7 @@ def render(
         comparison: what `vlaexp.report.compare.compare` returned or `read` read.
         folder: where the pages go; made if needed.
         title: the pages' heading.
-        journals: run name to its journal as `vlaexp.trainer.tracking.read_journal` gives it, for training curves.
+        journals: run name to its journal as `vlaexp.trainer.journal.read_journal` gives it, for training curves.
         command: how to repeat the report, printed as it is.
 
     Returns:
@@ -68,7 +49,8 @@ def render(
     Raises:
         UserError: where the comparison is empty or inconsistent, or a film cannot be read.
     """
-    content = _content(comparison, journals or {}) | {"title": title, "command": command}
+    frame = FRAME if (folder / FRAME).exists() else ""
+    content = _content(comparison, journals or {}) | {"title": title, "command": command, "frame": frame}
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     environment = Environment(
         loader=PackageLoader("vlaexp", "report"),
@@ -93,67 +75,43 @@ def _content(comparison: Mapping[str, Any], journals: Mapping[str, Journal]) -> 
     if not rows:
         raise UserError("the comparison has no rows, so there is nothing to report; compare evaluated runs first")
     names, couples = words.policy_names(rows), words.paired_rows(comparison)
-    splits = list(dict.fromkeys(row["split"] for row in rows))
-    tables = {split: _pair_table([c for c in couples if c[0]["split"] == split], names) for split in splits}
+    splits: dict[str, list[Row]] = {}
+    for row in rows:
+        splits.setdefault(row["split"], []).append(row)
+    rungs = {split: ladders(found, couples) for split, found in splits.items()}
+    tables = {split: pair_table([c for c in couples if c[0]["split"] == split], names) for split in splits}
+    columns = policy_columns(rows)
     return {
         "question": comparison["question"],
-        "axes": words.axes_text(comparison["axes"]),
-        "method": words.METHOD,
-        "splits": [_split([row for row in rows if row["split"] == split], couples, names) for split in splits],
-        "policy_columns": POLICY_COLUMNS,
-        "pictures": figures.draw(rows, names, journals),
+        "axes": axes_text(comparison["axes"]),
+        "method": method(comparison),
+        "splits": [_split(found, couples, names, columns, rungs[split]) for split, found in splits.items()],
+        "grids": {split: [cell_table(ladder) for ladder in found] for split, found in rungs.items() if found},
+        "policy_columns": columns,
+        "pictures": figures.draw(rows, names, journals, rungs),
         "films": [_film(film, names) for film in films.samples(rows)],
         "pair_columns": PAIR_COLUMNS,
         "pair_tables": {split: table for split, table in tables.items() if table},
         "collapse": sum(map(len, tables.values())) > COLLAPSE,
-        "manifests": {names[key(row)]: row["manifest"] for row in rows if row.get("manifest")},
+        "manifests": {
+            f"{names[key(row)]}{f' seed {seed["seed"]}' if 'replicates' in row else ''}": seed["manifest"]
+            for row in rows
+            for seed in replicates(row)
+            if seed.get("manifest")
+        },
     }
 
 
-def _split(rows: Sequence[Row], couples: Sequence[Couple], names: Names) -> dict[str, Any]:
+def _split(
+    rows: Sequence[Row], couples: Sequence[Couple], names: Names, columns: Columns, rungs: Sequence[Ladder]
+) -> dict[str, Any]:
     return {
         "name": rows[0]["split"],
         "question": rows[0]["question"],
         "answer": words.answer(rows, couples, names),
-        "rows": [(words.kind(row), _policy_row(row, names)) for row in rows],
+        "conclusions": [sentence for ladder in rungs for sentence in conclusions(ladder)],
+        "rows": [(words.kind(row), policy_cells(row, names, columns)) for row in rows],
     }
-
-
-def _policy_row(row: Row, names: Names) -> list[str]:
-    return [
-        names[key(row)],
-        row["role"],
-        row["base"],
-        row["action_space"],
-        row["lora"],
-        f"{row['steps']:,}",
-        f"{row['successes']}/{row['episodes']}",
-        words.percent(row["success_rate"]),
-        words.interval_text(row),
-        f"{row['smoothness']:.3g}",
-        f"{row['seam_jump_mm']:.2f}",
-        f"{row['latency']:.1f} ({row['latency_p95']:.1f})",
-        f"{row['trainable_parameters']:,}",
-    ]
-
-
-def _pair_table(couples: Sequence[Couple], names: Names) -> list[list[str]]:
-    """Cells of the pairs that matter, the largest difference first."""
-    last = {key(row) for row in words.latest([row for a, b, _ in couples for row in (a, b)])}
-    shown = [couple for couple in couples if words.relevant(couple[0], couple[1], last)]
-    shown.sort(key=lambda couple: -abs(couple[2]["difference"]))
-    return [
-        [
-            names[key(a)],
-            names[key(b)],
-            words.differs_in(pair),
-            words.points(pair["difference"]),
-            f"{words.points(pair['ci_low'])} to {words.points(pair['ci_high'])}",
-            words.p_text(pair["p_value"]),
-            "yes" if pair["resolvable"] else f"not with {a['episodes']} episodes",
-        ]
-        for a, b, pair in shown
-    ]
 
 
 def _film(film: films.Film, names: Names) -> dict[str, Any]:

@@ -5,14 +5,10 @@ from typing import Any
 
 from vlaexp.report.collect import Row
 from vlaexp.report.compare import label
+from vlaexp.report.pool import replicates
 
 KINDS = ("trained", "from scratch", "zero-shot", "baseline")
 MENTIONED = 5  # policies named in one sentence; the tables name all
-METHOD = (
-    "Rates carry 95% Wilson intervals. Policies are compared on the same episodes: difference in percentage points "
-    "with a 95% Newcombe interval, exact McNemar p. A difference is called resolvable where its interval excludes "
-    "zero. Nothing is corrected for the number of comparisons, so the best of many policies looks better than it is."
-)
 Names = Mapping[tuple[str, int], str]
 Couple = tuple[Row, Row, dict[str, Any]]
 
@@ -33,7 +29,7 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
     def position(row: Row) -> tuple[Any, ...]:
         place = KINDS.index(kind(row))
         split = row["split"] != "nominal", row["split"]
-        adapter = len(row["lora"]), row["lora"]  # r4 before r16
+        adapter = len(row["lora"]), row["lora"]  # r4 before r16 before none
         return (
             *split,
             row["role"] == "baseline",
@@ -69,13 +65,15 @@ def policy_names(rows: Sequence[Row]) -> dict[tuple[str, int], str]:
     return {policy: names[policy] for policy in policies}
 
 
-def axes_text(axes: Mapping[str, Sequence[Any]]) -> str:
-    """In what the trained policies of a comparison differ, and what that allows to conclude."""
-    listing = ", ".join(f"{axis} ({', '.join(map(str, values))})" for axis, values in axes.items())
-    if not listing:
-        return "The trained policies differ in no axis."
-    several = " A difference between two of them can be put down to one axis only where the table names one."
-    return f"The trained policies differ in {listing}.{several if len(axes) > 1 else ''}"
+def size(row: Row) -> str:
+    """How many episodes a row rests on: `100 episodes`, or `100 episodes x 3 seeds`."""
+    seeds = len(replicates(row))
+    return f"{row['episodes'] // seeds} episodes{f' x {seeds} seeds' if seeds > 1 else ''}"
+
+
+def run_names(names: Names) -> dict[str, str]:
+    """Names of runs: those of their last policies without the step. Runs of one name are one line in pictures."""
+    return {run: name.replace(f" step {steps}", "") for (run, steps), name in names.items()}
 
 
 def paired_rows(comparison: Mapping[str, Any]) -> list[Couple]:
@@ -131,26 +129,31 @@ def answer(rows: Sequence[Row], couples: Sequence[Couple], names: Names) -> list
     above = [_against(*item, names) for item in against if item[2]["resolvable"] and item[1] > 0]
     below = len(against) - len(unclear) - len(above)
     paired = {key(best), *(key(row) for row, _, _ in against)}
-    apart = [names[key(row)] for row in rows if key(row) not in paired]
+    unpaired = [row for row in rows if key(row) not in paired]
+    apart = [names[key(row)] for row in unpaired if row["episodes_key"] != best["episodes_key"]]
+    several = len(unpaired) - len(apart)
 
     who = "baselines" if best["role"] == "baseline" else "trained and zero-shot policies"
-    solved = f"{best['successes']} of {best['episodes']} episodes, 95% interval {interval_text(best)}%"
+    what = "rollouts" if len(replicates(best)) > 1 else "episodes"
+    solved = f"{best['successes']} of {best['episodes']} {what}, 95% interval {interval_text(best)}%"
     rate = f"{percent(best['success_rate'])}% ({solved})"
     if len(candidates) == 1:
         sentences = [f"The success rate of {names[key(best)]} is {rate}."]
     elif best["successes"]:
         sentences = [f"Of {len(candidates)} {who}, {names[key(best)]} has the highest success rate: {rate}."]
     else:
-        above = [f"Resolvably above: {_listed(above)}."] if above else []
+        above = [f"Resolvably above: {listed(above)}."] if above else []
         return [f"Of {len(candidates)} {who} none succeeded ({solved}).", *above]
     if above:
-        sentences.append(f"Resolvably above it: {_listed(above)}.")
+        sentences.append(f"Resolvably above it: {listed(above)}.")
     if unclear:
-        sentences.append(f"Not resolvable from it with {best['episodes']} episodes: {_listed(unclear)}.")
+        sentences.append(f"Not resolvable from it with {size(best)}: {listed(unclear)}.")
     if below:
-        sentences.append(f"Resolvably below it: {below} of {len(rows) - 1} others.")
+        sentences.append(f"Resolvably below it: {below} of {len(rows) - 1 - several} others.")
+    if several:
+        sentences.append(f"Not compared with it, as more than one choice separates them: {several}.")
     if apart:
-        sentences.append(f"Evaluated on other episodes and so not compared with it: {_listed(apart)}.")
+        sentences.append(f"Evaluated on other episodes and so not compared with it: {listed(apart)}.")
     return sentences
 
 
@@ -160,7 +163,8 @@ def _against(row: Row, difference: float, pair: Mapping[str, Any], names: Names)
     return f"{names[key(row)]} ({change}, {p_text(pair['p_value'], 'p')}; {what})"
 
 
-def _listed(items: Sequence[str]) -> str:
+def listed(items: Sequence[str]) -> str:
+    """The first few, and how many more."""
     more = len(items) - MENTIONED
     return ", ".join(items[:MENTIONED]) + (f", and {more} more" if more > 0 else "")
 

@@ -1,7 +1,7 @@
 """A study's points: named cells of a grid, each a list of overrides for a verb."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 from vlaexp.errors import UserError
@@ -14,18 +14,24 @@ class Point:
     Attributes:
         name: unique within the study.
         verb: `train` or `eval`.
-        overrides: as on that verb's command line.
+        overrides: as on that verb's command line; those of the cell last.
+        arm: the arm it belongs to.
+        cell: its value on each axis of the arm's grid.
     """
 
     name: str
     verb: str
     overrides: tuple[str, ...]
+    arm: str = ""
+    cell: Mapping[str, object] = field(default_factory=dict)
+
+    def at(self, cell: Mapping[str, object]) -> tuple[str, ...]:
+        """Overrides of another cell of the same arm."""
+        return (*self.overrides[: len(self.overrides) - len(self.cell)], *as_overrides(cell))
 
 
-def expand(
-    arms: Mapping[str, Mapping[str, object]],
-) -> list[Point]:
-    """Points of all arms.
+def expand(arms: Mapping[str, Mapping[str, object]], everywhere: Sequence[str] = ()) -> list[Point]:
+    """Points of all arms; `everywhere` are overrides of every point, after those of its arm.
 
     An arm is a verb, overrides common to the arm, and a grid whose axes (key to list of values) are multiplied out:
 
@@ -48,14 +54,19 @@ def expand(
         grid = _axes(arm, settings.get("grid") or {})
         common = _values(arm, "overrides", settings.get("overrides") or [])
         for values in product(*grid.values()):
-            cell = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
+            cell = dict(zip(grid, values, strict=True))
             name = "-".join([arm, *(str(value) for value in values)])
-            points.append(Point(name, verb, (*map(str, common), *cell)))
+            points.append(Point(name, verb, (*map(str, common), *everywhere, *as_overrides(cell)), arm, cell))
     names = [point.name for point in points]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not points:
         raise UserError(f"the study has {len(points)} points{f', some of one name: {twice}' if twice else ''}")
     return points
+
+
+def as_overrides(cell: Mapping[str, object]) -> tuple[str, ...]:
+    """A cell as on a command line."""
+    return tuple(f"{key}={'null' if value is None else value}" for key, value in cell.items())
 
 
 def _axes(arm: str, grid: object) -> dict[str, list[object]]:

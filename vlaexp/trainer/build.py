@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from peft import PeftModel
+from torch import nn
 
 from vlaexp.action_spec import ActionSpec
 from vlaexp.dataset.normalize import NormStats
@@ -20,8 +21,10 @@ from vlaexp.errors import UserError
 from vlaexp.head.base import Head
 from vlaexp.head.prefix import PrefixHead
 from vlaexp.ledger import Ledger, ledger
-from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts
+from vlaexp.lora import Freeze, Lora, add_adapter, freeze_parts, quantize_base
 from vlaexp.model.base import BaseModel, PrefixModel
+from vlaexp.model.quantize import Known
+from vlaexp.model.sharing import own_memory
 from vlaexp.model.weights import copy_strictly, read_safetensors
 
 INITS = ("auto", "pretrained", "scratch")
@@ -36,7 +39,14 @@ class Built:
     ledger: Ledger
 
 
-def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: NormStats) -> Built:
+def build(
+    config: dict[str, Any],
+    spec: ActionSpec,
+    state_dim: int,
+    statistics: NormStats,
+    make_model: Callable[..., BaseModel] | None = None,
+    known: Known | None = None,
+) -> Built:
     """Model, head and adapters of a configuration, ready to train.
 
     Args:
@@ -44,16 +54,21 @@ def build(config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: 
         spec: of the action to predict.
         state_dim: width of the state.
         statistics: of the training data; used where the weights bring none of their own.
+        make_model: used in place of `build_model`, to lend a base that others hold too.
+        known: the 4-bit weights of that base so far.
     """
     lora: Lora = instantiate(config["lora"], _convert_="all")
     freeze: Freeze = instantiate(config["freeze"], _convert_="all")
     torch.manual_seed(config["seed"])  # of fresh adapters
-    model = build_model(config, state_dim, has_goal="goal" in statistics.quantities, action_dim=spec.dim)
+    make_model = make_model or build_model
+    model = make_model(config, state_dim, has_goal="goal" in statistics.quantities, action_dim=spec.dim)
     if not model.goal_dim and config["head"].get("goal_weight", 0) > 0:
         print("no tool targets in the data or no goal in the model: the auxiliary goal loss is off", file=sys.stderr)
         config["head"]["goal_weight"] = 0.0
+    model.read_statistics(statistics)
     head = build_head(config, model, spec, choose_norm_stats(config, model, spec, statistics))
     freeze_parts(model, freeze)
+    quantize_base(model, lora, freeze, known)
     adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
     own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
     built = Built(head, adapter, ledger(model, own, lora))
@@ -76,18 +91,23 @@ def build_model(
         has_goal: whether the data have the hindsight goal (`vlaexp.dataset.targets`).
         action_dim: width of the action, for models that hold their own decoder.
     """
-    goal = goal_dim(config["action_horizon"]) if has_goal else 0
-    sizes = {"state_dim": state_dim, "goal_dim": goal, "action_dim": action_dim}
-    takes = inspect.signature(get_class(config["model"]["_target_"])).parameters
     try:
         with seeded(config):
-            return instantiate(
-                config["model"], **{name: size for name, size in sizes.items() if name in takes}, _convert_="all"
-            )
+            return instantiate(config["model"], **model_sizes(config, state_dim, has_goal, action_dim), _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None  # what the user is meant to read, without Hydra around it
         raise
+
+
+def model_sizes(
+    config: Mapping[str, Any], state_dim: int | None, has_goal: bool, action_dim: int | None
+) -> dict[str, int | None]:
+    """What the data decide of a base model's shape: those of the sizes that it takes."""
+    goal = goal_dim(config["action_horizon"]) if has_goal else 0
+    sizes = {"state_dim": state_dim, "goal_dim": goal, "action_dim": action_dim}
+    takes = inspect.signature(get_class(config["model"]["_target_"])).parameters
+    return {name: size for name, size in sizes.items() if name in takes}
 
 
 @contextmanager
@@ -134,27 +154,35 @@ def pretrained_decoder(config: Mapping[str, Any], model: BaseModel, space: str) 
     if init == "scratch":
         return None
     shipped = model.pretrained_decoder(head_name(config), space)
-    if init == "pretrained" and shipped is None and not uses_expert(config, model):
+    if init == "pretrained" and shipped is None and not _has_expert(config, model):
+        unfit = f" ({', '.join(model.reinitialized)} is of another robot)" if model.reinitialized else ""
         raise UserError(
             f"{type(model).__name__} ships no decoder for head={head_name(config)} in action space {space!r} with "
-            "these weights; set head.init=scratch"
+            f"these weights{unfit}; set head.init=scratch"
         )
     return shipped
 
 
 def uses_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
-    """Whether the head is the model's own action expert or diffusion decoder."""
+    """Whether the head is the model's own action expert, diffusion or regression decoder."""
     if not isinstance(model, PrefixModel):
         return False
     own = {"flow": model.action_expert, "diffusion": model.denoiser}
+    own |= dict.fromkeys(("regression", "joint", "ee_delta"), model.chunk_decoder)
     return own.get(head_name(config)) is not None
+
+
+def _has_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
+    """Whether the head is the model's own decoder, with loaded weights."""
+    drawn_anew = any(model.part_of(prefix) == "decoder" for prefix in model.reinitialized)
+    return uses_expert(config, model) and not drawn_anew
 
 
 def head_origin(config: Mapping[str, Any], model: BaseModel, space: str) -> str:
     """What the head starts from."""
     if pretrained_decoder(config, model, space) is not None:
         return "shipped decoder"
-    return "own expert" if uses_expert(config, model) and config["head"]["init"] != "scratch" else "scratch"
+    return "own expert" if _has_expert(config, model) and config["head"]["init"] != "scratch" else "scratch"
 
 
 def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, norm_stats: NormStats) -> Head:
@@ -179,18 +207,25 @@ def build_head(config: Mapping[str, Any], model: BaseModel, spec: ActionSpec, no
     if (folder := pretrained_decoder(config, model, spec.space)) is not None:
         assert isinstance(head, PrefixHead)  # `pretrained_decoder` is None for others
         path = folder / "decoder.safetensors"
+        own_memory(_decoder(model))  # the base may be lent to others too
         copy_strictly(head.decoder_tensors(), read_safetensors(path), str(path))
     return head
 
 
 def _start_expert(config: Mapping[str, Any], model: BaseModel) -> None:
     """A model's own decoder starts anew where that is asked for, and rests under a head that does not use it."""
-    own = (model.action_expert or model.denoiser) if isinstance(model, PrefixModel) else None
+    own = None
+    if isinstance(model, PrefixModel):
+        own = model.action_expert or model.denoiser or model.chunk_decoder
     if own is None:
         return
     if not uses_expert(config, model):
-        for name, parameter in model.named_parameters():
-            if model.part_of(name) == "decoder":
-                parameter.requires_grad_(False)
+        for parameter in _decoder(model):
+            parameter.requires_grad_(False)
     elif config["head"]["init"] == "scratch":
+        own_memory(_decoder(model))  # the base may be lent to others too
         own.restart_decoder()
+
+
+def _decoder(model: BaseModel) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if model.part_of(name) == "decoder"]

@@ -1,19 +1,25 @@
 """What happens at steps of a training: resume checkpoints, milestones, progress."""
 
+import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from vlaexp import interruption
+from vlaexp.errors import UserError
 from vlaexp.model.weights import trained_tensors
-from vlaexp.trainer.tracking import LightningJournal
+from vlaexp.trainer.lightning_journal import LightningJournal
 
 CHECKPOINT = "checkpoint.ckpt"
+PROGRESS = "progress.json"
 
 
 class StepCallback(Callback):
@@ -48,12 +54,49 @@ def checkpoint_callback(folder: Path, interval: int) -> StepCallback:
     """Write the resume checkpoint every `interval` steps and at the end; the old one is replaced at once."""
 
     def save(trainer: L.Trainer, step: int) -> None:
-        partial = folder / f"{CHECKPOINT}.partial"
+        write_checkpoint(trainer, step, folder)
+
+    return StepCallback(lambda step: step % interval == 0, save)
+
+
+def write_checkpoint(trainer: L.Trainer, step: int, folder: Path) -> None:
+    """Replace the resume checkpoint at once; the old one stays where the new one cannot be written.
+
+    Raises:
+        UserError: on a full disk, a quota, a folder without permission.
+    """
+    partial = folder / f"{CHECKPOINT}.partial"
+    try:
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             partial.replace(folder / CHECKPOINT)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        kept = checkpoint_step(folder / CHECKPOINT)
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {folder} ({str(error).splitlines()[0]}; "
+            f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free); the one of step {kept} is still good: make room and "
+            "run the same command again"
+        ) from error
 
-    return StepCallback(lambda step: step % interval == 0, save)
+
+class StopWhenAsked(Callback):
+    """Saves and leaves at a step boundary once a signal has asked for it; all data-parallel ranks at the same one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        number = interruption.requested()
+        stop = number is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop and trainer.global_step > 0:
+            write_checkpoint(trainer, trainer.global_step, self._folder)
+        if stop:
+            raise interruption.Interrupted(number or interruption.SIGNALS[0])
 
 
 def milestone_callback(milestones: Sequence[int], act: Callable[[int], None]) -> StepCallback:
@@ -80,10 +123,10 @@ class JournalStep(Callback):
 
 
 class StepProgress(Callback):
-    """A line to stderr every few seconds: step, speed, time left, loss."""
+    """Every few seconds a line to stderr, and the same beside the run: step, speed, time left, loss."""
 
-    def __init__(self, label: str, every_s: float = 5.0) -> None:
-        self._label, self._every = label, every_s
+    def __init__(self, label: str, folder: Path, every_s: float = 5.0) -> None:
+        self._label, self._folder, self._every = label, folder, every_s
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin, self._first = time.monotonic(), trainer.global_step
@@ -100,6 +143,10 @@ class StepProgress(Callback):
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         shown = " ".join(f"{name} {values[name]:.4g}" for name in ("train/loss", "val/action_mse") if name in values)
         left = (last - step) / max(speed, 1e-9)
+        if trainer.is_global_zero:
+            partial = self._folder / f"{PROGRESS}.partial"
+            partial.write_text(json.dumps({"step": step, "max_steps": last, "steps_per_s": speed, **values}))
+            partial.replace(self._folder / PROGRESS)
         print(
             f"{self._label}: step {step}/{last} {speed:.1f} steps/s, {left:.0f} s left  {shown}",
             file=sys.stderr,
@@ -123,4 +170,10 @@ def checkpoint_step(path: Path) -> int:
     """Optimizer steps done in a checkpoint; 0 where there is none."""
     if not path.exists():
         return 0
-    return int(torch.load(path, map_location="cpu", weights_only=False)["global_step"])
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=False, mmap=True)["global_step"])
+    except (RuntimeError, OSError, EOFError, KeyError, UnpicklingError) as error:
+        raise UserError(
+            f"the checkpoint {path} is damaged ({str(error).splitlines()[0]}); put a good copy back, or delete it "
+            "to train this run from its first step (its policy folders stay)"
+        ) from error

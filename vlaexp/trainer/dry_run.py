@@ -3,6 +3,7 @@
 Works on real devices and on the meta device, where tensors have shapes but no numbers.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vlaexp.data_types import Batch, Observation
 from vlaexp.head.base import Head, OptimizerFactory
 from vlaexp.ledger import dead_adapters
+from vlaexp.model.quantize import statistics
 
 IMAGE_SIZE = 224  # pixels; models resize to their own size
 
@@ -111,22 +114,38 @@ def find_dead_adapters(head: Head, precision: str = "32-true") -> list[str]:
 def activation_bytes(head: Head, batch_size: int, precision: str = "32-true") -> int:
     """Bytes that the forward pass of one training step keeps for the backward pass.
 
-    The storages of all tensors that autograd saves, each counted once, without weights and buffers. Not in it:
-    temporary buffers, and the inputs of blocks that gradient checkpointing runs again.
+    Of all that was made in it, what lives when the loss is known: tensors that autograd saved, and inputs of blocks
+    that gradient checkpointing will run again. Not in it: temporary buffers, and such a block while it runs again.
     """
-    own = {tensor.untyped_storage()._cdata for tensor in (*head.parameters(), *head.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that an address stays one storage's own
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
     batch = made_up_batch(head, batch_size)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        training_loss(head, batch, precision)
-    return sum(storage.nbytes() for storage in kept.values())
+    with MadeStorages() as made:
+        loss = training_loss(head, batch, precision)
+    return made.living_bytes(besides=loss)
+
+
+class MadeStorages(TorchDispatchMode):
+    """Remembers, without holding them, the storages of all tensors that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # by address, which may be used again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}  # views and what is changed in place
+        for storage in _storages(result):
+            if storage._cdata not in given:
+                self._made[storage._cdata] = weakref.ref(storage)
+        return result
+
+    def living_bytes(self, besides: Tensor) -> int:
+        """Memory of those that something still holds, without that of one tensor."""
+        living = (storage for reference in self._made.values() if (storage := reference()) is not None)
+        return sum(storage.nbytes() for storage in living) - besides.untyped_storage().nbytes()
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def optimizer_bytes_per_weight_byte(optimizer: OptimizerFactory) -> float:
@@ -140,5 +159,6 @@ def optimizer_bytes_per_weight_byte(optimizer: OptimizerFactory) -> float:
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Memory of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Memory of tensors, with what 4-bit ones keep beside them."""
+    every = [*tensors, *(own for tensor in tensors for own in statistics(tensor))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in every)

@@ -9,8 +9,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
+from vlaexp import interruption
 from vlaexp.data_types import Batch
 from vlaexp.dataset.batches import ChunkDataset, Position, StepSampler
 from vlaexp.errors import UserError
@@ -19,13 +22,15 @@ from vlaexp.trainer.callbacks import (
     CHECKPOINT,
     JournalStep,
     StepProgress,
+    StopWhenAsked,
     TrainableOnly,
     checkpoint_callback,
     milestone_callback,
 )
-from vlaexp.trainer.tracking import LightningJournal, RunLog
+from vlaexp.trainer.lightning_journal import LightningJournal
+from vlaexp.trainer.run_log import RunLog
 
-VAL_BATCH = 256
+SHARDED = ("fsdp", "deepspeed", "model_parallel")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Fit:
 
     Args:
         max_steps: optimizer steps in all.
-        batch_size: per device and step, before accumulation.
+        batch_size: per device and step, before accumulation; validation has the same.
         milestones: steps that leave a policy folder; the last step always does.
         val_interval: steps between validations.
         max_val_samples: validate on at most so many held-out frames, drawn evenly.
@@ -67,6 +72,12 @@ class Fit:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"trainer.{name}={value}; expected at least 1, as a whole number")
+        if self.strategy.startswith(SHARDED):
+            raise UserError(
+                f"trainer.strategy={self.strategy} shards the weights, and policy folders would hold one rank's part "
+                "of them; use trainer.strategy=ddp, and lora.quantize=nf4 or model.gradient_checkpointing=true where a "
+                "GPU is too small"
+            )
         late = [step for step in self.milestones if not 0 < step <= self.max_steps]
         if late:
             raise UserError(
@@ -83,11 +94,15 @@ def fit(
     log: RunLog | None,
     on_milestone: Callable[[int], None],
     label: str,
+    callbacks: Sequence[Callback] = (),
 ) -> int:
-    """Train to `settings.max_steps`, continuing the checkpoint in `folder` where there is one.
+    """Train to `settings.max_steps`, continuing the checkpoint in `folder` where there is one; `callbacks` come last.
 
     Returns:
         The optimizer steps done in all.
+
+    Raises:
+        Interrupted: where a signal asked for it; the checkpoint of that step is written.
     """
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -111,18 +126,22 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         logger=journal,
+        # vlaexp puts itself back into the queue; two requeuers would fight
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         default_root_dir=folder,
         callbacks=[
             JournalStep(journal),
             TrainableOnly(),
             milestone_callback(settings.milestones, on_milestone),
             checkpoint_callback(folder, settings.checkpoint_interval),
-            StepProgress(label),
+            StopWhenAsked(folder),
+            StepProgress(label, folder),
+            *callbacks,
         ],
     )
     checkpoint = folder / CHECKPOINT
     head.strict_loading = False  # frozen weights are not in the checkpoint; TrainableOnly checks the others
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), interruption.deferred():
         for message in (".*does not have many workers.*", ".*not resumable.*", ".*litlogger.*", ".*LeafSpec.*"):
             warnings.filterwarnings("ignore", message=message)
         trainer.fit(
@@ -152,7 +171,8 @@ def val_loader(data: ChunkDataset | None, settings: Fit) -> DataLoader[Batch] | 
         return None
     count = min(len(data), settings.max_val_samples)
     order = [int(i * len(data) / count) for i in range(count)]
-    batches = [order[i : i + VAL_BATCH] for i in range(0, count, VAL_BATCH)]
+    size = settings.batch_size  # without gradients a batch takes less than in training, which fits
+    batches = [order[i : i + size] for i in range(0, count, size)]
     return DataLoader(data, batch_sampler=batches, collate_fn=_as_is)  # type: ignore[arg-type]
 
 

@@ -7,8 +7,11 @@
 fingerprint in the manifest is checked on loading. A folder appears under its name when it is complete.
 """
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,13 @@ from vlaexp.action_spec import ActionSpec
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
-from vlaexp.lora import freeze_parts, load_adapter
+from vlaexp.lora import Freeze, freeze_parts, load_adapter, quantize_base
 from vlaexp.manifest import hash_folder, read, verify, write
+from vlaexp.model.base import BaseModel
+from vlaexp.model.quantize import Known
+from vlaexp.model.sharing import own_memory, twin
 from vlaexp.model.weights import copy_strictly, read_safetensors
-from vlaexp.trainer.build import build_head, build_model
+from vlaexp.trainer.build import build_head, build_model, model_sizes
 
 FILES = ("config.yaml", "head.safetensors", "norm_stats.json", "action_spec.json")
 
@@ -55,7 +61,54 @@ def load_policy(folder: Path | str) -> Head:
     Raises:
         UserError: where the folder is incomplete or damaged, or the base's weights are not those it was trained on.
     """
-    folder = Path(folder)
+    return load_policies([folder])[0]
+
+
+def load_policies(folders: Sequence[Path | str]) -> list[Head]:
+    """`load_policy` of several; those of one base share its weights, which are read once and lie in memory once.
+
+    Each head has its own module tree, adapter and trained weights, so that nothing is swapped when another acts.
+    """
+    opened = [_open(Path(folder)) for folder in folders]
+    users = Counter(policy.base for policy in opened)
+    bases: dict[str, BaseModel] = {}
+    known: Known = {}
+    heads = []
+    for policy in opened:
+        if policy.base not in bases:
+            bases[policy.base] = _build_base(policy)
+        base = bases[policy.base]
+        if users[policy.base] == 1:
+            heads.append(_complete(policy, base, None))
+        else:
+            heads.append(_complete(policy, twin(base), known))
+    return heads
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a policy folder says of itself."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    config: dict[str, Any]
+    spec: ActionSpec
+    norm_stats: NormStats
+
+    @property
+    def shape(self) -> tuple[int, bool, int]:
+        """Width of the state, whether there is a goal, width of the action."""
+        quantities = self.norm_stats.quantities
+        return quantities["state"].mean.shape[-1], "goal" in quantities, self.spec.dim
+
+    @property
+    def base(self) -> str:
+        """What decides the base before anything is changed in it."""
+        sizes = model_sizes(self.config, *self.shape)
+        return json.dumps([self.config["model"], sizes, self.manifest["base"]["fingerprint"]], sort_keys=True)
+
+
+def _open(folder: Path) -> _Opened:
     manifest = read(folder)
     missing = [name for name in FILES if not (folder / name).exists()]
     if missing:
@@ -66,19 +119,31 @@ def load_policy(folder: Path | str) -> Head:
             "or train again"
         )
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    spec = ActionSpec.load(folder / "action_spec.json")
-    norm_stats = NormStats.load(folder / "norm_stats.json")
-    state_dim = norm_stats.quantities["state"].mean.shape[-1]
-    model = build_model(config, state_dim, has_goal="goal" in norm_stats.quantities, action_dim=spec.dim)
-    if model.weights_fingerprint() != manifest["base"]["fingerprint"]:
+    spec, norm_stats = ActionSpec.load(folder / "action_spec.json"), NormStats.load(folder / "norm_stats.json")
+    return _Opened(folder, manifest, config, spec, norm_stats)
+
+
+def _build_base(policy: _Opened) -> BaseModel:
+    model, trained_on = build_model(policy.config, *policy.shape), policy.manifest["base"]
+    if model.weights_fingerprint() != trained_on["fingerprint"]:
         raise UserError(
-            f"policy {folder} was trained on base weights {manifest['base']['fingerprint'][:12]}..., this "
-            f"{manifest['base']['name']} has {model.weights_fingerprint()[:12]}...; an adapter is worthless on another "
+            f"policy {policy.folder} was trained on base weights {trained_on['fingerprint'][:12]}..., this "
+            f"{trained_on['name']} has {model.weights_fingerprint()[:12]}...; an adapter is worthless on another "
             "base: use the same weights (model.weights) or the same vlaexp version"
         )
-    head = build_head(config, model, spec, norm_stats)
+    return model
+
+
+def _complete(policy: _Opened, model: BaseModel, known: Known | None) -> Head:
+    """Head, adapter and trained weights on a base; `known` (4-bit weights so far) where it shares its weights."""
+    folder, config = policy.folder, policy.config
+    head = build_head(config, model, policy.spec, policy.norm_stats)
     head.load_files(folder)
-    freeze_parts(model, instantiate(config["freeze"], _convert_="all"))
+    freeze: Freeze = instantiate(config["freeze"], _convert_="all")
+    freeze_parts(model, freeze)
+    if known is not None:
+        own_memory(parameter for parameter in model.parameters() if parameter.requires_grad)
+    quantize_base(model, instantiate(config["lora"], _convert_="all"), freeze, known)
     if (folder / "adapter").is_dir():
         load_adapter(model, folder / "adapter")
     elif config["lora"]["rank"] > 0:

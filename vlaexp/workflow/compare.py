@@ -1,4 +1,7 @@
-"""`vlaexp compare` writes the data, `vlaexp report` draws it; a study does both."""
+"""`vlaexp compare` writes the data, `vlaexp report` draws it; a study does both.
+
+The data are `comparison.json`, which holds all, and `results.csv`, the frame of results for other tools.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +12,15 @@ from omegaconf import DictConfig
 from vlaexp.errors import UserError
 from vlaexp.report.collect import Row, collect_folders, collect_mlflow
 from vlaexp.report.compare import compare, read, write
+from vlaexp.report.frame import frame, write_frame
+from vlaexp.report.pool import replicates
 from vlaexp.report.render import render
 from vlaexp.report.words import latest
-from vlaexp.trainer.tracking import read_journal
+from vlaexp.trainer.journal import read_journal
 
 
-def compare_verb(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
-    """Collect rows from `cfg.runs` or `cfg.mlflow`, compare them, write `comparison.json` into `cfg.output`."""
+def compare_verb(cfg: DictConfig) -> tuple[list[Path], dict[str, Any]]:
+    """Collect rows from `cfg.runs` or `cfg.mlflow`, compare them, write the data into `cfg.output`."""
     if bool(cfg.runs) == bool(cfg.mlflow.experiment):
         raise UserError("name either runs=[FOLDER,...] or mlflow.experiment=NAME to say what shall be compared")
     rows = (
@@ -26,7 +31,7 @@ def compare_verb(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     if cfg.steps == "last":
         rows = latest(rows)
     comparison = compare(rows, list(cfg.axes), cfg.question)
-    return write(comparison, Path(cfg.output)), comparison
+    return _write(comparison, Path(cfg.output)), comparison
 
 
 def report_verb(cfg: DictConfig) -> list[Path]:
@@ -41,12 +46,17 @@ def publish(
 ) -> tuple[dict[str, Any], list[Path]]:
     """Compare and draw into `folder`; returns the comparison and the files made."""
     comparison = compare(rows, axes, question)
-    data = write(comparison, folder)
-    return comparison, [data, *render(comparison, folder, title, journals(comparison), command)]
+    data = _write(comparison, folder)
+    return comparison, [*data, *render(comparison, folder, title, journals(comparison), command)]
+
+
+def _write(comparison: dict[str, Any], folder: Path) -> list[Path]:
+    return [write(comparison, folder), write_frame(frame(comparison, journals(comparison)), folder)]
 
 
 def journals(comparison: dict[str, Any]) -> dict[str, list[tuple[int, dict[str, float]]]]:
     """Training curves of the runs in a comparison, where their folders are at hand."""
     # evidence lies in RUN/milestones/STEP/eval/SPLIT
-    folders = {row["run"]: Path(row["folder"]).parents[3] for row in comparison["rows"] if row["role"] == "trained"}
+    trained = [row for pooled in comparison["rows"] for row in replicates(pooled) if row["role"] == "trained"]
+    folders = {row["run"]: Path(row["folder"]).parents[3] for row in trained}
     return {run: rows for run, folder in folders.items() if (rows := read_journal(folder))}

@@ -14,7 +14,9 @@ from vlaexp.errors import UserError
 from vlaexp.eval.panel import SUMMARY, evaluate
 from vlaexp.eval.split import Panel
 from vlaexp.report.collect import DESCRIPTOR
-from vlaexp.trainer.tracking import RunLog
+from vlaexp.trainer.journal import TRACKER_STATE
+from vlaexp.trainer.policy_folder import load_policies
+from vlaexp.trainer.run_log import BusyError, RunLog
 from vlaexp.workflow.policies import NamedPolicy, from_folder
 
 LOGGED = ("success_rate", "ci_low", "ci_high", "mean_squared_jerk", "seam_jump_mm", "latency_ms_median")
@@ -35,10 +37,25 @@ def evaluate_verb(cfg: DictConfig) -> EvalResult:
         raise UserError("eval=none evaluates nothing; choose eval=nominal, eval=panel, ...")
     named: NamedPolicy = instantiate(cfg.policy)(cfg)
     result = run_panel(named, panel, cfg)
-    log = RunLog(named.log_folder, instantiate(cfg.tracker), named.descriptor["run"], named.descriptor, _tags(cfg))
+    log_apart(named, result, cfg)
+    return result
+
+
+def log_apart(named: NamedPolicy, result: EvalResult, cfg: DictConfig) -> None:
+    """Log an evaluation into the run that made the policy, which keeps its state; a running one is not disturbed."""
+    tracker, folder = instantiate(cfg.tracker), named.log_folder
+    if (folder / TRACKER_STATE).exists():
+        try:
+            log = RunLog.reopen(folder, tracker, wait_s=10.0)
+        except BusyError:
+            folder = result.folder
+        else:
+            log_evidence(log, result, named.descriptor["steps"])
+            log.deliver()
+            return
+    log = RunLog(folder, tracker, named.descriptor["run"], named.descriptor, _tags(cfg))
     log_evidence(log, result, named.descriptor["steps"])
     log.finish("finished")
-    return result
 
 
 def evaluate_milestones(cfg: DictConfig, folders: Mapping[int, Path], log: RunLog) -> dict[int, EvalResult]:
@@ -47,8 +64,9 @@ def evaluate_milestones(cfg: DictConfig, folders: Mapping[int, Path], log: RunLo
     if panel is None:
         return {}
     results = {}
+    heads = load_policies([folder for _, folder in sorted(folders.items())])  # on one base
     for step, folder in sorted(folders.items()):
-        results[step] = run_panel(from_folder(folder), panel, cfg)
+        results[step] = run_panel(from_folder(folder, heads.pop(0)), panel, cfg)
         log_evidence(log, results[step], step)
     return results
 
@@ -58,7 +76,8 @@ def log_evidence(log: RunLog, result: EvalResult, step: int) -> None:
     folder = f"eval/step_{step:06d}"
     log.artifact(result.folder / DESCRIPTOR, folder)
     for split, summary in result.summaries.items():
-        log.log({f"eval/{split}/{key}": summary[key] for key in LOGGED}, step)
+        found = {key: summary[key] for key in LOGGED} | summary.get("measures", {})  # older evidence has none
+        log.log({f"eval/{split}/{key}": value for key, value in found.items() if value is not None}, step)
         log.artifact(result.folder / split / SUMMARY, f"{folder}/{split}")
 
 

@@ -62,8 +62,8 @@ def check_gpu(config: dict[str, Any], settings: Fit, spec: ActionSpec, state_dim
         raise UserError(
             f"this training needs about {verdict['needed_gib']:.1f} GiB ({parts}, and what CUDA takes), the GPU "
             f"{gpu.name} has {gpu.memory_gib}; use a smaller trainer.batch_size= with "
-            "trainer.accumulate_grad_batches=, model.gradient_checkpointing=true, adapters in fewer layers or "
-            "another GPU; `vlaexp plan` computes the same without starting"
+            "trainer.accumulate_grad_batches=, model.gradient_checkpointing=true, lora.quantize=nf4, adapters in fewer "
+            "layers or another GPU; `vlaexp plan` computes the same without starting"
         )
 
 

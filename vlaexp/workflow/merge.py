@@ -1,7 +1,9 @@
 """`vlaexp merge`: fold a policy's adapter into stand-alone base weights, and prove that it still acts the same.
 
 The folder is what `model.weights=` takes: merged base, its statistics, and the policy's decoder as the one that is
-shipped for its head and action space. It appears only when a model loaded from it acts as the policy did.
+shipped for its head and action space; of a LeRobot policy, what LeRobot's own `from_pretrained` takes, processors
+included. Of a 4-bit base (`lora.quantize=nf4`) it holds the plain weights that the 4 bits stand for, with the adapter
+folded in. It appears only when a model loaded from it acts as the policy did.
 """
 
 import shutil
@@ -21,9 +23,11 @@ from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
+from vlaexp.head.native import NativeHead
 from vlaexp.head.prefix import PrefixHead
 from vlaexp.ledger import adapters
-from vlaexp.lora import merge_adapter
+from vlaexp.lora import dequantize_base, merge_adapter
+from vlaexp.model.quantize import COMPUTE, is_quantized
 from vlaexp.trainer.build import build_head, build_model
 from vlaexp.trainer.dry_run import made_up_batch
 from vlaexp.trainer.policy_folder import load_policy
@@ -46,8 +50,6 @@ def merge(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it, or name another as to=FOLDER")
     head = load_policy(policy)
-    if not isinstance(head, PrefixHead):
-        raise UserError(f"head={head.name} has no form for merged weights; keep the policy folder {policy}")
     if not adapters(head.model):
         raise UserError(f"policy {policy} has no adapter to merge; it was trained with lora=none")
     if head.model.large and record["base"]["weights"] is None:
@@ -57,13 +59,25 @@ def merge(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
         )
     observation = made_up_batch(head, OBSERVATIONS).observation
     before = _actions(head, observation)
+    quantized = is_quantized(head.model)
+    if quantized:
+        dequantize_base(head.model, policy / "adapter")
     merge_adapter(head.model)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(partial, head, record)
-        proof = _compare(head, before, _actions(_load(partial, policy, head), observation))
+        if isinstance(head, NativeHead):
+            head.save_pretrained(partial)
+            head.load_pretrained(partial)
+            merged = head
+        else:
+            assert isinstance(head, PrefixHead)
+            _write(partial, head, record)
+            merged = _load(partial, policy, head)
+        # products with 4-bit weights are rounded, whatever the dtype of all else
+        dtype = COMPUTE if quantized else _smallest_dtype(head)
+        proof = _compare(before, _actions(merged, observation), dtype)
         _sign(partial, record, proof)
         partial.rename(folder)
     finally:
@@ -106,8 +120,11 @@ def _decoder(folder: Path, head: Head) -> Path:
     return folder / f"{head.name}_{head.spec.space}"
 
 
-def _compare(head: Head, before: Tensor, after: Tensor) -> dict[str, Any]:
-    dtype = min((p.dtype for p in head.model.parameters()), key=lambda dtype: dtype.itemsize)
+def _smallest_dtype(head: Head) -> torch.dtype:
+    return min((p.dtype for p in head.model.parameters()), key=lambda dtype: dtype.itemsize)
+
+
+def _compare(before: Tensor, after: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     difference, tolerance = float((before - after).abs().max()), TOLERANCE[dtype]
     if not difference <= tolerance:
         raise UserError(

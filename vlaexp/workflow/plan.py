@@ -25,10 +25,9 @@ from vlaexp.trainer.build import Built
 from vlaexp.trainer.dry_run import bytes_of, find_dead_adapters
 from vlaexp.trainer.fit import Fit
 from vlaexp.workflow.data import assign_cameras, load_demonstrations
+from vlaexp.workflow.measured import measured_steps, work_key
 from vlaexp.workflow.memory import GIB, build_for_planning, memory_gib
 from vlaexp.workflow.rules_of_thumb import Gpu, find_gpu, usual_demonstrations
-
-HOUR = 3600  # s
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     config = resolved(cfg)
     gpu = None if cfg.gpu is None else find_gpu(cfg.gpu)
     usual = usual_demonstrations(cfg.transfer)
-    shapes = _shapes(cfg)
+    shapes = find_shapes(cfg)
     built, device = build_for_planning(config, shapes.spec, shapes.state_dim, shapes.statistics)
     memory = memory_gib(built, config, settings)
     dead = find_dead_adapters(built.head)
@@ -61,7 +60,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
         "by_part": built.ledger.by_part,
         "trainable_share": built.ledger.trainable / built.ledger.total,
         "leave_out": f"'lora.exclude=[{','.join(dead)}]'" if dead else None,
-        "time": expected_time(Path(cfg.outputs), config, settings, gpu),
+        "time": expected_time(Path(cfg.outputs), config, settings.max_steps, gpu),
         "disk_gib": _disk(built, settings, memory),
         "demonstrations": usual.beside(shapes.episodes),
         "verdict": None if gpu is None else gpu.verdict(memory["total"]),
@@ -71,7 +70,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def _shapes(cfg: DictConfig) -> Shapes:
+def find_shapes(cfg: DictConfig) -> Shapes:
     """From the dataset where it lies on this machine, otherwise from the environment."""
     if cfg.dataset is not None and cfg.dataset.root is not None and Path(cfg.dataset.root).exists():
         demos = load_demonstrations(cfg)
@@ -113,6 +112,21 @@ def _parameters(ledger: Ledger) -> dict[str, int]:
     return {"total": ledger.total, "base": ledger.base, "adapter": ledger.adapter, "trainable": ledger.trainable}
 
 
+def expected_time(outputs: Path, config: Mapping[str, Any], max_steps: int, gpu: Gpu | None) -> dict[str, Any] | None:
+    """Hours for `max_steps`, from the newest run that does the same work on the same device."""
+    device = manifest.surroundings()["device"] if gpu is None else gpu.name
+    step = measured_steps(outputs, device).get(work_key(config))
+    return None if step is None else step.expected(max_steps)
+
+
+def disk_gib(cfg: DictConfig) -> dict[str, float]:
+    """Disk that the training of a configuration takes, by what takes it, in GiB."""
+    settings: Fit = instantiate(cfg.trainer)
+    config, shapes = resolved(cfg), find_shapes(cfg)
+    built, _ = build_for_planning(config, shapes.spec, shapes.state_dim, shapes.statistics)
+    return _disk(built, settings, memory_gib(built, config, settings))
+
+
 def _disk(built: Built, settings: Fit, memory: Mapping[str, float]) -> dict[str, float]:
     """A milestone holds adapters and the head's tensors; the one resume checkpoint what trains, and the optimizer."""
     milestone = memory["adapters"] + bytes_of(list(built.head.own_tensors().values())) / GIB
@@ -120,28 +134,3 @@ def _disk(built: Built, settings: Fit, memory: Mapping[str, float]) -> dict[str,
     checkpoint = memory["gradients"] + memory["optimizer"]
     disk = {"milestone": milestone, "milestones": count * milestone, "checkpoint": checkpoint}
     return disk | {"total": disk["milestones"] + checkpoint}
-
-
-def expected_time(outputs: Path, config: Mapping[str, Any], settings: Fit, gpu: Gpu | None) -> dict[str, Any] | None:
-    """Hours for `max_steps`, from the newest run of the same model, head, adapters and batch on the same device."""
-    device = manifest.surroundings()["device"] if gpu is None else gpu.name
-    paths = outputs.glob(f"runs/*/milestones/*/{manifest.MANIFEST_FILE}")
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
-        record = manifest.read(path.parent)
-        runtime = record["runtime"]
-        if device in record["device"] and runtime.get("steps") and _work(record["config"]) == _work(config):
-            per_step = runtime["seconds"] / runtime["steps"]
-            return {
-                "hours": settings.max_steps * per_step / HOUR,
-                "seconds_per_step": per_step,
-                "measured_in": record["run"],
-            }
-    return None
-
-
-def _work(config: Mapping[str, Any]) -> list[Any]:
-    """What decides how long a step takes, beside the device."""
-    model = {key: value for key, value in config["model"].items() if key != "weights"}
-    keys = ("batch_size", "precision", "accumulate_grad_batches", "devices", "num_threads")
-    trainer = [config["trainer"].get(key) for key in keys]
-    return [model, config["head"], config["lora"], config["freeze"], config["action_horizon"], trainer]

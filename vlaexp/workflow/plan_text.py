@@ -38,7 +38,8 @@ def plan_lines(found: Mapping[str, Any]) -> list[str]:
         )
         if not fit["fits"]:
             lines.append(
-                "  try trainer.batch_size= smaller with trainer.accumulate_grad_batches=, or adapters in fewer layers"
+                "  try trainer.batch_size= smaller with trainer.accumulate_grad_batches=, lora.quantize=nf4, or "
+                "adapters in fewer layers"
             )
     return lines
 

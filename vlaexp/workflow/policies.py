@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from hydra.utils import instantiate
@@ -15,17 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlaexp import manifest
 from vlaexp.action_spec import ActionSpec
-from vlaexp.config import resolved
+from vlaexp.config import resolved, run_id
 from vlaexp.data_types import Policy
 from vlaexp.dataset.demonstrations import Demonstrations
 from vlaexp.dataset.normalize import NormStats
-from vlaexp.env.tabletop.env import EE_DELTA_SPEC
-from vlaexp.errors import UserError
+from vlaexp.errors import UserError, nearest
 from vlaexp.eval.baselines import ConstantPolicy, ExpertPolicy, NearestNeighbourPolicy, RandomPolicy, ReplayPolicy
+from vlaexp.head.base import Head
 from vlaexp.trainer.build import build_head, build_model, head_name, pretrained_decoder
+from vlaexp.trainer.journal import JOURNAL
 from vlaexp.trainer.policy_folder import load_policy
-from vlaexp.trainer.tracking import JOURNAL
 from vlaexp.workflow.data import load_demonstrations
+from vlaexp.workflow.record import require_expert
 
 DECODERS = {
     "joint": "regression",
@@ -74,6 +76,8 @@ def describe(record: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": record["dataset"]["name"],
         "dataset_content": record["dataset"]["content"],
         "seed": record["seed"],
+        # fresh weights differ from seed to seed, so that their fingerprint cannot say that the base is the same
+        "recipe": run_id(config | {"seed": None}, {"weights": str(record["base"]["weights"])}),
         "steps": record["step"],
         "trainable_parameters": adaptation["trainable"],
         "parameters": adaptation["total"],
@@ -87,10 +91,10 @@ def training_seeds(record: Mapping[str, Any]) -> list[int]:
     return seeds + [seed for low, high in record["base"]["training_seeds"] for seed in range(low, high)]
 
 
-def from_folder(folder: Path, n_action_steps: int | None = None) -> NamedPolicy:
-    """A policy folder, on the accelerator where there is one."""
+def from_folder(folder: Path, head: Head, n_action_steps: int | None = None) -> NamedPolicy:
+    """The policy `head` that was loaded from `folder`, on the accelerator where there is one."""
     record = manifest.read(folder)
-    head = load_policy(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    head.to("cuda" if torch.cuda.is_available() else "cpu")
     if n_action_steps is not None:
         if not 1 <= n_action_steps <= head.action_horizon:
             raise UserError(f"policy.n_action_steps={n_action_steps}; expected 1 to {head.action_horizon}")
@@ -103,7 +107,8 @@ def from_folder(folder: Path, n_action_steps: int | None = None) -> NamedPolicy:
 
 def trained(cfg: DictConfig, path: str, n_action_steps: int | None) -> NamedPolicy:
     """`policy=trained`: a policy folder, or the last milestone of a run folder."""
-    return from_folder(last_milestone(Path(path)), n_action_steps)
+    folder = last_milestone(Path(path))
+    return from_folder(folder, load_policy(folder), n_action_steps)
 
 
 def last_milestone(folder: Path) -> Path:
@@ -143,21 +148,37 @@ def base(cfg: DictConfig) -> NamedPolicy:
 def expert(cfg: DictConfig) -> NamedPolicy:
     """`policy=expert`: the scripted expert of the embedded world."""
     # The copy of the world must show nothing and know no perturbation: the scene of each episode says it all.
-    make_env = partial(instantiate, OmegaConf.create(_environment(cfg)), _convert_="all")
+    environment = _environment(cfg)
+    require_expert(environment)
+    make_env = partial(instantiate, OmegaConf.create(environment), _convert_="all")
     return _baseline(cfg, "expert", ExpertPolicy(make_env, cfg.n_action_steps), {}, action_space="ee_delta")
 
 
 def random(cfg: DictConfig) -> NamedPolicy:
-    """`policy=random`: uniform tool motions within the bounds of `ee_delta`."""
-    return _baseline(cfg, "random", RandomPolicy(EE_DELTA_SPEC, cfg.n_action_steps), {}, action_space="ee_delta")
+    """`policy=random`: uniform actions within the environment's bounds."""
+    spec = _executable_spec(cfg)
+    policy = RandomPolicy(spec, cfg.n_action_steps)
+    return _baseline(cfg, "random", policy, {"spec": spec.to_dict()}, action_space=spec.space)
 
 
-def constant(cfg: DictConfig) -> NamedPolicy:
-    """`policy=constant`: the mean action of the training data."""
+def constant(cfg: DictConfig, action: Sequence[float] | None) -> NamedPolicy:
+    """`policy=constant`: the mean action of the training data, or `action` at every step."""
+    if action is not None:
+        return _given_action(cfg, list(action))
     demos = load_demonstrations(cfg)
-    action = demos.statistics().quantities["action"].mean
-    policy = ConstantPolicy(action, demos.spec, cfg.n_action_steps)
+    mean = demos.statistics().quantities["action"].mean
+    policy = ConstantPolicy(mean, demos.spec, cfg.n_action_steps)
     return _from_demonstrations(cfg, "mean_action", policy, demos)
+
+
+def _given_action(cfg: DictConfig, action: list[float]) -> NamedPolicy:
+    spec = _executable_spec(cfg)
+    if len(action) != spec.dim:
+        names = ", ".join(f"{name} ({unit})" for name, unit in zip(spec.names, spec.units, strict=True))
+        raise UserError(f"policy.action={action} has {len(action)} numbers; expected {spec.dim}: {names}")
+    policy = ConstantPolicy(np.tile(np.array(action, dtype=float), (cfg.n_action_steps, 1)), spec, cfg.n_action_steps)
+    identity = {"spec": spec.to_dict(), "action": action}
+    return _baseline(cfg, "constant", policy, identity, action_space=spec.space)
 
 
 def nearest_neighbour(cfg: DictConfig) -> NamedPolicy:
@@ -186,6 +207,17 @@ def _environment(cfg: DictConfig) -> dict[str, Any]:
     if cfg.get("env") is None:
         raise UserError("this policy needs an environment; set env=tabletop_pick (or another, see conf/env)")
     return resolved(cfg.env)
+
+
+def _executable_spec(cfg: DictConfig) -> ActionSpec:
+    """The actions of `env=` in the space that `action_space=` names, or in its only one."""
+    env = instantiate(OmegaConf.create(_environment(cfg)), _convert_="all")
+    specs = dict(env.action_specs)
+    env.close()
+    space = next(iter(specs)) if len(specs) == 1 else cfg.action_space.space
+    if space not in specs:
+        raise UserError(f"env= has no action space {space!r}; {nearest(space, specs)}; set action_space=")
+    return specs[space]
 
 
 def _from_demonstrations(cfg: DictConfig, name: str, policy: Policy, demos: Demonstrations) -> NamedPolicy:

@@ -23,10 +23,14 @@ from vlaexp.config import compose
 from vlaexp.dataset.lerobot import LeRobotFolder
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
+from vlaexp.eval.panel import SUMMARY
 from vlaexp.model.tiny import WORDS, tokenize
 from vlaexp.model.weights import read_safetensors
-from vlaexp.sweep.grid import Point
-from vlaexp.sweep.local import run_points
+from vlaexp.sweep.folder import SweepFolder, is_finished
+from vlaexp.sweep.jobs import Job, Task
+from vlaexp.sweep.local import run_here
+from vlaexp.workflow.node import work
+from vlaexp.workflow.policies import last_milestone
 from vlaexp.workflow.record import record
 from vlaexp.workflow.train import train
 
@@ -42,25 +46,19 @@ def pretrain(cfg: DictConfig) -> Path:
     trunk = train(compose("train", [*cfg.trunk, outputs]))
     folder = Path(cfg.outputs) / "pretrain" / cfg.name
     pack_trunk(_last(trunk.milestones), folder, LeRobotFolder(Path(recording.dataset.root)).instructions)
-    points = [Point(f"decoder-{head}", "train", (f"head={head}", *cfg.decoder, outputs)) for head in cfg.heads]
-    points = [Point(p.name, p.verb, (*p.overrides, f"model.weights={folder}")) for p in points]
-    decoders, failed = run_points(points, train_decoder, cfg.processes)
-    if failed:
-        raise UserError(f"decoders failed: {failed}; run the same command again to continue")
-    for path in decoders.values():
-        pack_decoder(Path(path), folder)
-    table = measure(cfg, folder, [Path(path) for path in decoders.values()])
+    weights = f"model.weights={folder}"
+    trainings = [Task("train", (f"head={head}", *cfg.decoder, weights), {head: None}) for head in cfg.heads]
+    states = run_tasks(cfg, "decoders", trainings)
+    policies = [last_milestone(Path(state["runs"][head])) for head, state in zip(cfg.heads, states, strict=True)]
+    for policy in policies:
+        pack_decoder(policy, folder)
+    table = measure(cfg, policies)
     write_papers(folder, _last(trunk.milestones), table, cfg.command)
     return folder
 
 
 def _last(milestones: Mapping[int, Path]) -> Path:
     return milestones[max(milestones)]
-
-
-def train_decoder(point: Point) -> str:
-    """Train one decoder in this process; returns its policy folder."""
-    return str(_last(train(compose("train", point.overrides)).milestones))
 
 
 def pack_trunk(policy: Path, folder: Path, instructions: Iterable[str]) -> None:
@@ -111,25 +109,37 @@ def pack_decoder(policy: Path, folder: Path) -> None:
     shutil.copyfile(policy / "action_spec.json", target / "action_spec.json")
 
 
-def measure(cfg: DictConfig, folder: Path, policies: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def measure(cfg: DictConfig, policies: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Success of every decoder on every split, on layouts never trained on."""
-    points = [
-        Point(path.parents[1].name, "eval", (f"policy.path={path}", *cfg.eval, f"outputs={cfg.outputs}"))
-        for path in policies
+    heads = [manifest.read(policy)["head"] for policy in policies]
+    evaluations = [
+        Task("eval", (f"policy.path={policy}", *cfg.eval), {head: None})
+        for head, policy in zip(heads, policies, strict=True)
     ]
-    results, failed = run_points(points, evaluate_point, cfg.processes)
+    states = run_tasks(cfg, "evaluations", evaluations)
+    evidence = [Path(state["evidence"][head][0]) for head, state in zip(heads, states, strict=True)]
+    return {
+        head: {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob(f"*/{SUMMARY}"))}
+        for head, folder in zip(heads, evidence, strict=True)
+    }
+
+
+def run_tasks(cfg: DictConfig, name: str, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """Run tasks in processes of this machine; what became of each.
+
+    Raises:
+        UserError: where one failed.
+    """
+    sweep = SweepFolder(Path(cfg.outputs).resolve() / "pretrain" / f"{cfg.name}_{name}")
+    jobs = [Job((task,)) for task in tasks]
+    common = [f"outputs={cfg.outputs}"]
+    sweep.write_plan({"jobs": [job.to_dict() for job in jobs], "common": common, "launcher": {}, "submissions": []})
+    run_here(sweep.path, work, [job.key for job in jobs], cfg.processes)
+    states = [sweep.state(job.key) for job in jobs]
+    failed = {job.name: state.get("error") for job, state in zip(jobs, states, strict=True) if not is_finished(state)}
     if failed:
-        raise UserError(f"evaluations failed: {failed}; run the same command again to continue")
-    return dict(results.values())
-
-
-def evaluate_point(point: Point) -> tuple[str, dict[str, Any]]:
-    """Evaluate one decoder in this process; returns the head's name and summaries by split."""
-    from vlaexp.workflow.evaluate import evaluate_verb
-
-    cfg = compose(point.verb, point.overrides)
-    result = evaluate_verb(cfg)
-    return manifest.read(Path(cfg.policy.path))["head"], result.summaries
+        raise UserError(f"{name} failed: {failed}; run the same command again to continue")
+    return states
 
 
 def write_papers(folder: Path, trunk: Path, table: Mapping[str, Mapping[str, Any]], command: str) -> None:

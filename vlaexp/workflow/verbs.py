@@ -1,14 +1,19 @@
 """What each verb runs, and the lines with which it ends: what it made, and where."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vlaexp.errors import UserError
+from vlaexp import interruption
+from vlaexp.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from vlaexp.workflow.sweep import StudyResult
 
 
 def run(verb: str, cfg: DictConfig) -> None:
@@ -24,6 +29,7 @@ def run(verb: str, cfg: DictConfig) -> None:
         "pretrain": _pretrain,
         "merge": _merge,
         "manifest": _manifest,
+        "tracker": _tracker,
     }
     actions[verb](cfg)
 
@@ -49,7 +55,10 @@ def _plan(cfg: DictConfig) -> None:
 def _train(cfg: DictConfig) -> None:
     from vlaexp.workflow.train import train
 
-    result = train(cfg)
+    # under Hydra's submitit launcher SIGUSR2 is submitit's, which puts the job back into the queue
+    ours = [number for number in interruption.SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    with interruption.listening({*ours, signal.SIGTERM}):
+        result = train(cfg)
     if not result.milestones:  # a data-parallel rank beside the first
         return
     evaluation = {step: found.summaries for step, found in result.evaluation.items()}
@@ -69,8 +78,8 @@ def _eval(cfg: DictConfig) -> None:
 def _compare(cfg: DictConfig) -> None:
     from vlaexp.workflow.compare import compare_verb
 
-    path, comparison = compare_verb(cfg)
-    _end(cfg, comparison["rows"], rows_table(comparison["rows"]), [path])
+    files, comparison = compare_verb(cfg)
+    _end(cfg, comparison["rows"], rows_table(comparison["rows"]), files)
 
 
 def _end(cfg: DictConfig, data: Any, text: str, made: Iterable[Path]) -> None:
@@ -90,13 +99,36 @@ def _report(cfg: DictConfig) -> None:
 
 
 def _sweep(cfg: DictConfig) -> None:
-    from vlaexp.workflow.study import study
+    from vlaexp.sweep.status import status_table
+    from vlaexp.workflow import sweep
 
-    result = study(cfg)
+    def show(rows: list[dict[str, Any]], silent: str) -> None:
+        _end(cfg, {"points": rows, "slurm_silent": silent}, status_table(rows, silent), [])
+
+    match cfg.action:
+        case "submit":
+            folder, plan = sweep.submit(cfg)
+            _end(cfg, plan.cost, "", [] if cfg.dry_run else [folder.path])
+        case "status":
+            sweep.status(cfg, show)
+        case "resume":
+            print(f"{sweep.resume(cfg)} jobs started")
+        case "cancel":
+            print(f"{sweep.cancel(cfg)} jobs cancelled; vlaexp sweep resume goes on from their last checkpoints")
+        case "collect" | "run":
+            _published(cfg, sweep.collect(cfg) if cfg.action == "collect" else sweep.run(cfg))
+        case other:
+            actions = ("submit", "status", "resume", "cancel", "collect", "run")
+            raise UserError(f"action={other}; {nearest(str(other), actions)}")
+
+
+def _published(cfg: DictConfig, result: "StudyResult") -> None:
     _end(cfg, result.comparison["rows"], rows_table(result.comparison["rows"]), result.files)
     if result.failed:
         listing = "; ".join(f"{name}: {text}" for name, text in result.failed.items())
-        raise UserError(f"{len(result.failed)} points failed ({listing}); run the same command again to retry them")
+        raise UserError(
+            f"{len(result.failed)} points are not in the report ({listing}); vlaexp sweep resume runs what is missing"
+        )
 
 
 def _pretrain(cfg: DictConfig) -> None:
@@ -144,6 +176,21 @@ def _manifest_lines(record: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {_short(value)}" for key, value in manifest.flatten(record)]
 
 
+def _tracker(cfg: DictConfig) -> None:
+    from vlaexp.workflow.tracker import sync
+
+    if cfg.action != "sync":
+        raise UserError(f"action={cfg.action}; expected sync")
+    rows = sync(cfg)
+    lines = [f"{row['run']}: {row['result']}, {row['status']}; {row['where']}".removesuffix("; ") for row in rows]
+    _end(cfg, rows, "\n".join(lines) or "nothing is missing in the trackers", [])
+    if away := [row["run"] for row in rows if row["result"] == "unreachable"]:
+        raise UserError(
+            f"the tracker of {len(away)} runs cannot be reached; their logs stay beside them: start it, or name "
+            "another (tracker=mlflow tracker.uri=http://SERVER:PORT), and run the same command again"
+        )
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
@@ -163,15 +210,20 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def success_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line per split: successes, rate, 95% interval, smoothness, latency."""
+    """One line per split: successes, rate, 95% interval, smoothness, latency, what its world measures besides."""
     lines = [f"{'split':<24}{'success':>12}{'rate':>8}  {'95% interval':<16}{'jerk':>10}{'seam mm':>9}{'ms':>7}"]
     for name, s in summaries.items():
         lines.append(
             f"{name:<24}{s['successes']:>6}/{s['episodes']:<5}{100 * s['success_rate']:>7.1f}%  "
-            f"[{100 * s['ci_low']:5.1f}, {100 * s['ci_high']:5.1f}] {s['mean_squared_jerk']:>10.1f}"
-            f"{s['seam_jump_mm']:>9.2f}{s['latency_ms_median']:>7.1f}"
+            f"[{100 * s['ci_low']:5.1f}, {100 * s['ci_high']:5.1f}] {_number(s['mean_squared_jerk'], '.1f'):>10}"
+            f"{_number(s['seam_jump_mm'], '.2f'):>9}{s['latency_ms_median']:>7.1f}"
+            + "".join(f"  {measure} {value:.3f}" for measure, value in s.get("measures", {}).items())
         )
     return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def held_out_lines(held_out: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from vlaexp import cli
 from vlaexp.config import compose
 from vlaexp.errors import UserError
 from vlaexp.trainer.tracking import mlflow_client
-from vlaexp.workflow.study import study
+from vlaexp.workflow import sweep
 
 pytestmark = pytest.mark.slow
 MINI = """\
@@ -95,10 +95,10 @@ def test_points_are_children_of_the_study(done, outputs):
 def test_again_repeats_nothing_and_retries_what_failed(done, outputs, conf, capfd):
     before = files(outputs)
     cfg = compose("sweep", ["experiment=mini", f"outputs={outputs}"], extra_dir=str(conf))
-    cfg.processes = 1
+    cfg.launcher.n_jobs = 1
     cfg.arms.baseline.grid.policy = ["constant", "replay"]
     cfg.arms.baseline.overrides = [*cfg.arms.baseline.overrides[:-1], "action_space=ee_delta"]  # replay refuses it
-    result = study(cfg)
+    result = sweep.run(cfg)
     assert set(result.failed) == {"baseline-replay"}
     assert "policy=replay cannot play actions against 'chunk_start'" in result.failed["baseline-replay"]
     assert {path: stamp for path, stamp in files(outputs).items() if path in before} == before
@@ -107,5 +107,5 @@ def test_again_repeats_nothing_and_retries_what_failed(done, outputs, conf, capf
 
 
 def test_refusals(outputs):
-    with pytest.raises(UserError, match="this study has no arms; choose one with experiment="):
-        study(compose("sweep", [f"outputs={outputs}"]))
+    with pytest.raises(UserError, match=r"this study has no arms; choose one with experiment="):
+        sweep.submit(compose("sweep", [f"outputs={outputs}"]))

@@ -1,0 +1,122 @@
+"""What a sweep would cost, said before anything is started; and what a wrong study gets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlaexp import cli
+from vlaexp.config import compose
+from vlaexp.errors import UserError
+from vlaexp.workflow.multirun import merged
+from vlaexp.workflow.sweep_plan import plan_sweep, plan_text
+from vlaexp.workflow.train import train
+
+
+def study(outputs, grid, overrides=(), **more):
+    cfg = compose("sweep", [f"outputs={outputs}", "name=mine", *more.get("sweep", [])])
+    cfg.arms = {"a": {"overrides": ["trainer=cpu", "dataset=tabletop_pick", *overrides], "grid": grid}}
+    return cfg
+
+
+def test_the_figures(tmp_path):
+    plan = plan_sweep(study(tmp_path, {"lora": ["r4", "r8"], "seed": [0, 1], "trainer.max_steps": [5, 20, 50]}))
+    assert {key: plan.cost[key] for key in ("points", "trainings", "steps_total", "steps_naive", "gpu_hours")} == {
+        "points": 12,
+        "trainings": 4,
+        "steps_total": 200,
+        "steps_naive": 300,
+        "gpu_hours": None,
+    }
+    assert plan.cost["disk_gb"] > 0
+    assert "no step of 4 trainings was measured yet" in plan_text(plan)
+
+
+def test_hours_and_disk_come_from_runs_where_there_are_some(small, outputs):
+    train(compose("train", [*small, "lora=r4"]))
+    grid = {"trainer.max_steps": [40, 400]}
+    plan = plan_sweep(study(outputs, grid, [text for text in small if "max_steps" not in text] + ["lora=r4"]))
+    assert 0 < plan.cost["gpu_hours"] < 1
+    assert "from steps measured on cpu" in plan_text(plan)
+
+
+def test_a_schedule_that_depends_on_the_total_is_said(tmp_path):
+    plan = plan_sweep(study(tmp_path, {"schedule": ["constant", "cosine"], "trainer.max_steps": [5, 20]}))
+    assert (plan.cost["trainings"], plan.cost["steps_total"]) == (3, 45)
+    assert "2 points have a schedule that depends on the total number of steps: they are trained apart" in plan_text(
+        plan
+    )
+
+
+def test_packing_makes_one_job_of_the_ranks(tmp_path):
+    grid = {"lora": ["r4", "r8"], "seed": [0, 1], "trainer.max_steps": [5, 20]}
+    plan = plan_sweep(study(tmp_path, grid, sweep=["sweep.pack=ranks"]))
+    assert [len(job.tasks) for job in plan.jobs] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"lora.rnk": [4]}, r"there is no key 'lora.rnk' under 'lora'; .* nearest: rank \(in the point vlaexp train"),
+        ({"lora": ["r5"]}, r"there is no lora=r5; available: none, r16.*nearest"),
+        ({"seed": []}, r"grid axes without values: \['seed'\]"),
+        ({"seed": 3}, r"grid axis seed 3; expected a list"),
+        ({"trainer.max_steps": ["ten"]}, r"trainer.max_steps"),
+    ],
+)
+def test_a_wrong_study(tmp_path, grid, message):
+    with pytest.raises(UserError, match=message):
+        plan_sweep(study(tmp_path, grid))
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
+    line = ["sweep", "submit", "experiment=rank_steps", f"outputs={tmp_path}", "dry_run=true", "format=json"]
+    assert cli.main(line) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["points", "trainings", "steps_total", "steps_naive", "gpu_hours", "disk_gb"]
+    assert (found["points"], found["trainings"]) == (90, 18)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_action(capsys):
+    assert cli.main(["sweep", "sumbit", "experiment=rank_steps"]) == 2
+    assert "unknown action 'sumbit'; available: " in capsys.readouterr().err
+    assert cli.main(["sweep", "status", "name=nowhere", "outputs=nowhere"]) == 1
+    assert "nowhere holds no sweep (sweep.json is missing); submit it first" in capsys.readouterr().err
+
+
+def test_a_parent_without_torch(tmp_path):
+    code = (
+        "import sys\nfrom vlaexp.config import compose\nfrom vlaexp.workflow import sweep, sweep_plan, node, multirun\n"
+        "from vlaexp.sweep import local, slurm, status\nassert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+MULTIRUN = ["-m", "lora=r4,r8", "dataset=tabletop_pick"]
+
+
+def test_steps_of_a_multirun_are_milestones():
+    assert merged([*MULTIRUN, "trainer.max_steps=5,50,20"]) == [
+        *MULTIRUN,
+        "trainer.max_steps=50",
+        "trainer.milestones=[5,20]",
+    ]
+    assert merged([*MULTIRUN, "seed=1,2"]) == [*MULTIRUN, "seed=1,2"]
+    apart = [*MULTIRUN, "schedule=cosine", "trainer.max_steps=5,50"]
+    assert merged(apart) == apart
+
+
+def test_a_multirun_that_mixes_is_shown_the_sweep_that_does_it(tmp_path, capsys):
+    with pytest.raises(UserError, match="a multirun cannot mix them, a sweep does: vlaexp sweep submit") as refusal:
+        merged([*MULTIRUN, "schedule=constant,cosine", "trainer.max_steps=5,50"])
+    _, _, arm = str(refusal.value).partition(" name=grid ")
+    assert cli.main(["sweep", "submit", "name=grid", arm.strip("'"), f"outputs={tmp_path}", "dry_run=true"]) == 0
+    assert "8 points in 6 jobs" in capsys.readouterr().err
+
+
+def test_a_multirun_of_other_verbs(capsys):
+    assert cli.main(["record", "-m", "episodes=1,2"]) == 1
+    assert "-m (a multirun over several values of a key) is for train and eval" in capsys.readouterr().err

@@ -1,0 +1,56 @@
+"""Hydra's and OmegaConf's complaints in words that name the value, what there is, and the nearest name."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from vlaexp.config import compose
+from vlaexp.errors import UserError, nearest
+
+
+@contextmanager
+def explained(verb: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Inside, what goes wrong in composing a verb's configuration becomes a `UserError`."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        where = f"vlaexp {verb} {' '.join(overrides)}"
+        raise UserError(f"{explain(verb, overrides, error)} (in the point {where})") from error
+
+
+def explain(verb: str, overrides: Sequence[str], error: Exception) -> str:
+    """Hydra's complaint, with the available names and the nearest one."""
+    text = str(error)
+    if found := re.search(r"Could not find '([^']+)'", text):
+        group, _, choice = found.group(1).rpartition("/")
+        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        return f"there is no {group}={choice}; {nearest(choice, options)}" if options else text
+    key = _unknown_key(error, text)
+    if key is None:
+        return text
+    parent, name, names = _mistyped(verb, overrides, key)
+    where = f"key {f'{parent}.{name}'!r} under {parent!r}" if parent else f"key or group {name!r}"
+    return f"there is no {where}; {nearest(name, names)}"
+
+
+def _unknown_key(error: Exception, text: str) -> str | None:
+    found = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    return found.group(1).split("@")[0].replace("/", ".") if found else None
+
+
+def _mistyped(verb: str, overrides: Sequence[str], key: str) -> tuple[str, str, list[str]]:
+    """The part of a key that exists, the name after it that does not, and the names that do, without that override."""
+    kept = [item for item in overrides if item.split("=")[0].lstrip("+~").replace("/", ".") != key]
+    node: Any = compose(verb, [item for item in kept if not item.startswith("-")])
+    parents, name = [], key
+    for name in key.split("."):
+        if not isinstance(node, DictConfig) or name not in node:
+            break
+        node = node[name]
+        parents.append(name)
+    return ".".join(parents), name, [str(name) for name in node] if isinstance(node, DictConfig) else []

@@ -1,0 +1,284 @@
+"""`vlaexp sweep`: a study from its plan to its report; on this machine or on SLURM, in one go or action by action.
+
+    submit    plan the grid, record what has to be recorded, start what is not done, return at once
+    status    one line a point
+    resume    start what is neither done nor under way
+    cancel    stop what is under way; finished work stays
+    collect   compare what is there, draw the report
+    run       submit, wait, collect
+
+Asked again nothing is repeated: datasets that exist are kept, finished trainings and evaluations are recognised.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from vlaexp.config import compose, resolved
+from vlaexp.errors import UserError, nearest
+from vlaexp.sweep import local, slurm
+from vlaexp.sweep.folder import SweepFolder, alive
+from vlaexp.sweep.jobs import Job
+from vlaexp.sweep.status import job_statuses, point_rows, status_table
+from vlaexp.workflow.node import work
+from vlaexp.workflow.sweep_plan import SweepPlan, plan_sweep, plan_text
+
+EVALUATIONS = ("inline", "jobs")
+POLL_S = 5.0
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """Where the study's report is, what it says, and the points that are not in it, with the reason."""
+
+    folder: Path
+    comparison: dict[str, Any]
+    files: list[Path]
+    failed: dict[str, str]
+
+
+def run(cfg: DictConfig) -> StudyResult:
+    """Submit, wait and collect."""
+    began = time.monotonic()
+    folder, _ = submit(cfg, foreground=True)
+    _wait(folder)
+    result = collect(cfg)
+    print(f"study {cfg.name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    return result
+
+
+def submit(cfg: DictConfig, foreground: bool = False) -> tuple[SweepFolder, SweepPlan]:
+    """Plan the study and start every job that is neither done nor under way.
+
+    Args:
+        cfg: configuration of `vlaexp sweep`.
+        foreground: with the local launcher, run the jobs before returning.
+    """
+    if cfg.sweep.evaluation not in EVALUATIONS:
+        raise UserError(f"sweep.evaluation={cfg.sweep.evaluation!r}; {nearest(cfg.sweep.evaluation, EVALUATIONS)}")
+    plan = plan_sweep(cfg)
+    print(plan_text(plan), file=sys.stderr, flush=True)
+    folder = sweep_folder(cfg)
+    if cfg.dry_run:
+        return folder, plan
+    settings = resolved(cfg.launcher)
+    if _kind(settings) == "slurm":
+        slurm.require()
+    for overrides in cfg.record:
+        _record(cfg, list(overrides))
+    before = folder.read_plan() if (folder.path / "sweep.json").exists() else {"submissions": []}
+    folder.write_plan(
+        {
+            "name": cfg.name,
+            "command": cfg.command,
+            "jobs": [job.to_dict() for job in _phases(plan.jobs, cfg.sweep.evaluation)],
+            "common": [f"outputs={Path(cfg.outputs).resolve()}", f"parent_run={_open_parent(cfg, folder)}"],
+            "cost": plan.cost,
+            "launcher": settings,
+            "submissions": before["submissions"],
+        }
+    )
+    start_missing(folder, settings, foreground)
+    return folder, plan
+
+
+def resume(cfg: DictConfig) -> int:
+    """Start what is neither done nor under way; returns how many jobs that were."""
+    folder = sweep_folder(cfg)
+    plan = folder.read_plan()
+    settings = resolved(cfg.launcher)
+    folder.write_plan(plan | {"launcher": settings})
+    return start_missing(folder, settings, foreground=False)
+
+
+def start_missing(folder: SweepFolder, settings: Mapping[str, Any], foreground: bool) -> int:
+    """Give every job that is neither done nor under way to the launcher.
+
+    Raises:
+        UserError: where SLURM does not say what is still under way.
+    """
+    plan = folder.read_plan()
+    statuses, _ = job_statuses(folder, plan)
+    unknown = [status for status in statuses.values() if status.active is None]
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} jobs of {folder.path} may still be under way, and nobody says so ({unknown[0].note}); ask "
+            "again when SLURM answers, or cancel them by hand and delete their files in jobs/"
+        )
+    jobs = [job for job in folder.jobs() if statuses[job.key].state != "finished" and not statuses[job.key].active]
+    waiting = sum(bool(status.active) for status in statuses.values())
+    done = len(statuses) - len(jobs) - waiting
+    print(f"{done} jobs done, {waiting} under way, {len(jobs)} to start", file=sys.stderr)
+    if not jobs:
+        return 0
+    if _kind(settings) == "slurm":
+        _submit_to_slurm(folder, jobs, settings, plan["name"])
+        return len(jobs)
+    keys, processes = [job.key for job in jobs], int(settings.get("n_jobs", -1))
+    if foreground:
+        local.run_here(folder.path, work, keys, processes)
+    else:
+        runner = local.start_detached(folder.path, work, keys, processes)
+        _note_submission(folder, {"kind": "local", "runner": runner, "jobs": dict.fromkeys(keys, str(runner["pid"]))})
+        print(f"process {runner['pid']} runs them; it writes to {folder.path / 'local.log'}", file=sys.stderr)
+    return len(jobs)
+
+
+def _submit_to_slurm(folder: SweepFolder, jobs: Sequence[Job], settings: Mapping[str, Any], name: str) -> None:
+    """One array; evaluations of their own in a second, each element of which waits for its training's."""
+    ids: dict[str, str] = {}
+
+    def array(group: Sequence[Job], name: str, after: Sequence[str] = ()) -> None:
+        if group:
+            found = slurm.submit(folder.path, work, [job.key for job in group], settings, name, after)
+            _note_submission(folder, {"kind": "slurm", "jobs": found})
+            ids.update(found)
+
+    def training(job: Job) -> str:
+        return replace(job, phase="train").key
+
+    array([job for job in jobs if job.phase != "evaluate"], name)
+    evaluations = [job for job in jobs if job.phase == "evaluate"]
+    waiting = [job for job in evaluations if training(job) in ids]
+    array([job for job in evaluations if training(job) not in ids], f"{name}-eval")
+    array(waiting, f"{name}-eval", [ids[training(job)] for job in waiting])
+
+
+def _note_submission(folder: SweepFolder, submission: dict[str, Any]) -> None:
+    plan = folder.read_plan()
+    folder.write_plan(plan | {"submissions": [*plan["submissions"], {"time": time.time(), **submission}]})
+
+
+def _phases(jobs: Sequence[Job], evaluation: str) -> list[Job]:
+    if evaluation == "inline":
+        return list(jobs)
+    trained = [job for job in jobs if job.tasks[0].verb == "train"]
+    others = [job for job in jobs if job.tasks[0].verb != "train"]
+    return [
+        *(replace(job, phase="train") for job in trained),
+        *others,
+        *(replace(job, phase="evaluate") for job in trained),
+    ]
+
+
+def status(cfg: DictConfig, show: Callable[[list[dict[str, Any]], str], None]) -> None:
+    """Show one row per point; with `watch=true` again and again until nothing is under way."""
+    folder = sweep_folder(cfg)
+    while True:
+        rows, silent = point_rows(folder)
+        show(rows, silent)
+        if not cfg.watch or not any(row["state"] in ("running", "pending", "unknown") for row in rows):
+            return
+        time.sleep(POLL_S)
+
+
+def cancel(cfg: DictConfig) -> int:
+    """Stop every job that is under way; returns how many there were."""
+    folder = sweep_folder(cfg)
+    plan = folder.read_plan()
+    statuses, silent = job_statuses(folder, plan)
+    if silent:
+        raise UserError(f"SLURM could not be asked what is under way ({silent}); nothing was cancelled")
+    active = [key for key, found in statuses.items() if found.active]
+    last = {key: submission for submission in plan["submissions"] for key in submission["jobs"]}
+    ids = [last[key]["jobs"][key] for key in active if last[key]["kind"] == "slurm"]
+    if ids:
+        slurm.cancel(ids)
+    for submission in plan["submissions"]:
+        if submission["kind"] == "local" and alive(submission["runner"]):
+            os.killpg(submission["runner"]["pid"], signal.SIGTERM)  # the runner leads a session of its own
+    return len(active)
+
+
+def collect(cfg: DictConfig) -> StudyResult:
+    """Compare what has been evaluated so far and draw the report; the parent run in the tracker ends here."""
+    from vlaexp.report.collect import collect_folders
+    from vlaexp.workflow.compare import publish
+
+    folder = sweep_folder(cfg)
+    rows, _ = point_rows(folder)
+    missing = {row["point"]: row["note"] or row["state"] for row in rows if row["state"] != "finished"}
+    evidence = _evidence(folder)
+    if not evidence:
+        point, why = next(iter(missing.items()), ("", "no point evaluates (eval=none)"))
+        raise UserError(f"no point of the sweep in {folder.path} was evaluated; the first, {point}: {why}")
+    log = _parent_log(cfg, folder)
+    outcome = "failed"
+    try:
+        comparison, files = publish(
+            collect_folders(evidence), list(cfg.axes), cfg.question, cfg.title, folder.path, cfg.command
+        )
+        for file in files:
+            log.artifact(file)
+        outcome = "finished"
+    finally:
+        log.finish(outcome)
+    return StudyResult(folder.path, comparison, files, missing)
+
+
+def _evidence(folder: SweepFolder) -> list[Path]:
+    """Folders with results: those of evaluations, and of every milestone of every run."""
+    from vlaexp.report.collect import DESCRIPTOR
+
+    found: dict[Path, None] = {}
+    for job in folder.jobs():
+        state = folder.state(job.key)
+        for paths in state.get("evidence", {}).values():
+            found |= dict.fromkeys(map(Path, paths))
+        for run in state.get("runs", {}).values():
+            found |= dict.fromkeys(path.parent for path in sorted(Path(run).glob(f"milestones/*/eval/{DESCRIPTOR}")))
+    return [path for path in found if any(path.glob("*/summary.json"))]
+
+
+def sweep_folder(cfg: DictConfig) -> SweepFolder:
+    """The folder of a study."""
+    return SweepFolder(Path(cfg.outputs).resolve() / cfg.name)
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    return "slurm" if "slurm" in str(settings.get("_target_", "")).lower() else "local"
+
+
+def _wait(folder: SweepFolder) -> None:
+    """Until no job is under way; says so when states change."""
+    shown = ""
+    while True:
+        rows, silent = point_rows(folder)
+        total = status_table(rows, silent).splitlines()[-1]
+        if total != shown:
+            print(total, file=sys.stderr, flush=True)
+            shown = total
+        if not any(row["state"] in ("running", "pending", "unknown") for row in rows):
+            return
+        time.sleep(POLL_S)
+
+
+def _open_parent(cfg: DictConfig, folder: SweepFolder) -> str:
+    """The study's run in the tracker, made before any job: a cold SQLite store does not survive several at once."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return _parent_log(cfg, folder).open().get("mlflow_run_id", "null")
+
+
+def _parent_log(cfg: DictConfig, folder: SweepFolder) -> Any:
+    from vlaexp.trainer.run_log import RunLog
+
+    tags = {"vlaexp.role": "study"}
+    return RunLog(folder.path, instantiate(cfg.tracker), cfg.name, {"question": cfg.question}, tags)
+
+
+def _record(cfg: DictConfig, overrides: list[str]) -> None:
+    from vlaexp.workflow.record import record
+
+    recording = compose("record", [*overrides, f"outputs={cfg.outputs}"])
+    if Path(recording.dataset.root).exists():
+        print(f"dataset {recording.dataset.root} exists", file=sys.stderr)
+    else:
+        record(recording)
