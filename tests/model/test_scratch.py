@@ -67,6 +67,42 @@ def test_a_tiny_form_reads_words(choice: str, make_observation: Any) -> None:
     assert not hasattr(model, "prompt") or model.prompt("pick up the red cube") != model.prompt("pick up the blue cube")
 
 
+def test_oft_parts_join_random_weights(make_observation: Any) -> None:
+    oft = build("openvla_tiny", "ee_delta", "model.oft=true")
+    with torch.device("meta"):
+        planned = build("openvla_tiny", "ee_delta", "model.oft=true")
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (oft, planned)]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["projector.proprio.fc1.weight"][1] == 17
+    assert shapes[0]["decoder.action_head.model.fc2.weight"][0] == 7
+    assert oft.reinitialized == ("decoder.action_head.", "projector.proprio.")
+    assert oft.weights_fingerprint() == build("openvla_tiny", "discrete_token").weights_fingerprint()
+    observation = replace(make_observation(2, side=64), state=torch.randn(2, 1, 17))
+    with torch.inference_mode():
+        actions = oft.eval().chunk_decoder.regress(oft.prefill(observation), 4)
+    assert actions.shape == (2, 4, 7)
+    assert actions.isfinite().all()
+
+
+def test_rdts_dropout_has_a_vector_of_no_words(make_observation: Any) -> None:
+    model = build("rdt_tiny", "diffusion", "model.condition_dropout=0.999", "model.state_noise_snr=null").train()
+    model.read_instructions(["open"])
+    observation = make_observation(2, side=64)
+    images = {name: image.expand(-1, 2, -1, -1, -1) for name, image in observation.images.items()}
+    observation = replace(observation, images=images, state=torch.zeros(2, 2, 17))
+    torch.manual_seed(0)
+    lost = model.prefill(observation).cache
+    unsaid = model.eval().prefill(replace(observation, instruction=["", ""])).cache
+    assert lost.language_mask.tolist() == [[True], [True]]
+    torch.testing.assert_close(lost.keys_values[0], unsaid.keys_values[0])
+
+
+def test_many_cameras_of_random_weights_are_refused() -> None:
+    cameras = "model.cameras=[front,wrist]"
+    with pytest.raises(UserError, match=r"language model of model\.sizes is made for 100 tokens: take at most 1"):
+        build("openvla_tiny", "ee_delta", cameras, "+model.sizes.text.max_position_embeddings=100")
+
+
 def test_sizes_are_for_random_weights() -> None:
     with pytest.raises(UserError, match=r"model.sizes=\{'depth': 3\} is for random weights, model.weights=some/hub-id"):
         check_sizes({"depth": 3}, "some/hub-id", ["depth"])

@@ -19,7 +19,6 @@ SHRUNK = [
     "eval.videos=0",
     "tracker=csv",
     "dataset.val_fraction=0.25",
-    "trainer.max_steps=2",
     "trainer.batch_size=4",
 ]
 
@@ -28,8 +27,9 @@ def sweep(outputs: Path, *arms: str, more: tuple[str, ...] = ()) -> Path:
     """The study with these arms alone, for two steps; its folder."""
     everywhere = ",".join(f"'{override}'" for override in (*SHRUNK, *more))
     left_out = [f"~arms.{arm}" for arm in sorted(ARMS - {*arms})]
-    study = ["experiment=base_models", "tracker=csv", "processes=1", f"outputs={outputs}", *left_out]
-    assert cli.main(["sweep", *study, f"everywhere=[{everywhere}]"]) == 0
+    steps = [f"arms.{arm}={{grid:{{trainer.max_steps:[2]}}}}" for arm in arms]
+    study = ["experiment=base_models", "tracker=csv", "hydra.launcher.n_jobs=1", f"outputs={outputs}"]
+    assert cli.main(["sweep", *study, *left_out, *steps, f"everywhere=[{everywhere}]"]) == 0
     return outputs / "base_models"
 
 

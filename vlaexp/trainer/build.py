@@ -174,8 +174,9 @@ def uses_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
 
 def _has_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
     """Whether the head is the model's own decoder, with loaded weights."""
+    random = config["model"]["weights"] is None
     drawn_anew = any(model.part_of(prefix) == "decoder" for prefix in model.reinitialized)
-    return uses_expert(config, model) and not drawn_anew
+    return not random and uses_expert(config, model) and not drawn_anew
 
 
 def head_origin(config: Mapping[str, Any], model: BaseModel, space: str) -> str:
