@@ -53,6 +53,8 @@ def test_one_base(outputs: Path) -> None:
         2,
     )
     found = {measured.criterion: measured for measured in judge_base_models(folder / "comparison.json")}
+    (record,) = (json.loads(path.read_text()) for path in outputs.glob("runs/*/milestones/*/manifest.json"))
+    assert (record["base"]["weights"], record["head_from"]) == (None, "scratch")
     error = found["held-out error of rdt from scratch, head=diffusion, over that of the mean action"]
     (held_out,) = (json.loads(path.read_text()) for path in outputs.glob("runs/*/held_out.json"))
     assert error.value == held_out["policy_mse"] / held_out["mean_action_mse"]
