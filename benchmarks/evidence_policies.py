@@ -1,4 +1,4 @@
-"""Criteria of the shipped base and of the first study: what pretraining gave, and what LoRA fine-tuning adds."""
+"""Criteria of the shipped base and of the studies: what pretraining gave, what LoRA adds, that every base learns."""
 
 import json
 import os
@@ -64,6 +64,16 @@ def study_action_representations() -> Iterator[Found]:
 
 
 @measures(long=True)
+def study_base_models() -> Iterator[Found]:
+    """Each base in small, and LeRobot's policies, from nothing."""
+    shutil.rmtree(OUTPUTS / "base_models", ignore_errors=True)
+    subprocess.run(
+        [VLAEXP, "sweep", "experiment=base_models", f"outputs={OUTPUTS / 'base_models'}"], check=True, cwd=ROOT
+    )
+    yield from judge_base_models(OUTPUTS / "base_models" / "base_models" / "comparison.json")
+
+
+@measures(long=True)
 def real_recordings() -> Iterator[Found]:
     """Held-out error on a real LeRobot dataset against its trivial baselines; VLAEXP_REAL_DATA names the folder."""
     folder = os.environ.get("VLAEXP_REAL_DATA")
@@ -98,6 +108,17 @@ def judge(path: Path) -> Iterator[Found]:
         yield Found(f"interval above from-scratch's, head={head}", gap(row, scratch[head]), ">= 0", row["episodes"])
     best = sorted((row["success_rate"] for row in tuned.values()), reverse=True)
     yield Found("second best head after LoRA", best[1], ">= 0.75", last)
+
+
+def judge_base_models(path: Path) -> Iterator[Found]:
+    """The criteria of the study of base models from its comparison, and the held-out errors beside its runs."""
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["role"] == "trained"]
+    yield Found("bases and policies that were trained", len({row["base"] for row in rows}), ">= 6", len(rows))
+    for row in rows:
+        run = Path(row["folder"]).parents[3]  # evidence lies in RUN/milestones/STEP/eval/SPLIT
+        found = json.loads((run / "held_out.json").read_text())
+        name = f"held-out error of {row['base']}, head={row['head']}, over that of the mean action"
+        yield Found(name, found["policy_mse"] / found["mean_action_mse"], "<= 0.5", found["steps"])
 
 
 def gap(above: dict[str, Any], below: dict[str, Any]) -> float:

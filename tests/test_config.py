@@ -71,8 +71,9 @@ def test_a_choice_composes_into_what_its_target_takes(file):
         assert file.stem == "none"
         return
     data = OmegaConf.to_container(node, resolve=False)
-    # a size is part of a choice's name (openvla_7b), not of its module's; so is a family of a world (tabletop_pick)
-    name = re.sub(r"_.*" if group == "env" else r"_[0-9]+b$", "", file.stem)
+    # a size is part of a choice's name (openvla_7b, rdt_tiny), not of its module's; so is a policy of LeRobot's
+    # (lerobot_act_tiny), and a family of a world (tabletop_pick)
+    name = re.sub(r"_.*" if group == "env" else r"_([0-9]+b|(act_|diffusion_)?tiny)$", "", file.stem)
     module = MODULES.get(group, f"vlaexp.{group}.{name}")
     assert data["_target_"].rpartition(".")[0] == module
     for mapping in targets(data):

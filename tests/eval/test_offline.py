@@ -41,6 +41,7 @@ def test_errors_are_means_over_real_steps():
     assert result["repeat_state_mse"] == pytest.approx((2 * 0.25 + 0.25) / 3)
     assert result["beats"] == {"mean_action": False, "repeat_state": False}
     assert result["policy_mse_by_dimension"] == pytest.approx(dict.fromkeys(JOINT_SPEC.names, 1.5))
+    assert result["mean_action_mse_by_dimension"] == pytest.approx(dict.fromkeys(JOINT_SPEC.names, 0.5))
 
 
 def test_a_perfect_policy_beats_both():

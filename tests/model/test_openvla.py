@@ -207,7 +207,7 @@ def test_several_cameras_follow_each_other(make: Make, observation: Observation)
         both.prefill(observation)
     with pytest.raises(UserError, match=r"model\.cameras=\[\]; OpenVLA needs at least one camera"):
         make(cameras=[])
-    with pytest.raises(UserError, match=r"has 128 of 16 patches each; .*trained on 2048 tokens: take at most 127"):
+    with pytest.raises(UserError, match=r"has 128 of 16 patches each; .*made for 2048 tokens: take at most 127"):
         make(cameras=[f"camera_{i}" for i in range(128)])
 
 

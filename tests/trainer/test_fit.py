@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,15 @@ def test_asking_twice_trains_once(tiny: list[str]) -> None:
     second = train(compose("train", tiny))
     assert second.run == first.run
     assert (second.milestones[4] / "manifest.json").stat().st_mtime_ns == written
+    assert second.held_out == first.held_out == json.loads((first.run / "held_out.json").read_text())
+
+
+def test_a_milestone_asked_for_later_has_its_own_held_out_error(tiny: list[str]) -> None:
+    whole = train(compose("train", [*tiny, "trainer.max_steps=4", "trainer.milestones=[2]"]))
+    half = train(compose("train", [*tiny, "trainer.max_steps=2"]))
+    alone = train(compose("train", [*tiny, "name=alone", "trainer.max_steps=2"]))
+    assert half.run == whole.run != alone.run
+    assert half.held_out == alone.held_out != whole.held_out
 
 
 @pytest.mark.parametrize("head", ["joint", "ee_delta", "flow"])

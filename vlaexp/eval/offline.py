@@ -38,5 +38,6 @@ def held_out_error(head: Head, batches: Iterable[Batch], mean_action: np.ndarray
     result: dict[str, Any] = {f"{name}_mse": float(error.mean()) for name, error in errors.items()}
     result["steps"] = len(errors["policy"])
     result["beats"] = {name: result["policy_mse"] < result[f"{name}_mse"] for name in errors if name != "policy"}
-    result["policy_mse_by_dimension"] = dict(zip(head.spec.names, errors["policy"].mean(0).tolist(), strict=True))
+    for name, error in errors.items():
+        result[f"{name}_mse_by_dimension"] = dict(zip(head.spec.names, error.mean(0).tolist(), strict=True))
     return result

@@ -29,6 +29,7 @@ from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats
 from vlaexp.errors import UserError
 from vlaexp.model.base import ActionExpert, MaskKind, Prefix, PrefixModel
+from vlaexp.model.hub import decoder_folder
 from vlaexp.model.layer_cache import Cache, again, run_layers, visible
 from vlaexp.model.layers import KeysValues
 from vlaexp.model.lerobot_checkpoint import Checkpoint, save_checkpoint
@@ -77,7 +78,7 @@ class FlowVLA(PrefixModel):
     max_words: int
 
     def __init__(
-        self, cameras: Sequence[str], weights: str, statistics: str | None, gradient_checkpointing: bool
+        self, cameras: Sequence[str], weights: str | None, statistics: str | None, gradient_checkpointing: bool
     ) -> None:
         super().__init__()
         if not cameras:
@@ -178,9 +179,10 @@ class FlowVLA(PrefixModel):
         return torch.bfloat16 if wanted == "bfloat16" and small else torch.float32
 
     def cast(self, dtype: Dtype | None) -> None:
-        """Give weights on the meta device the dtype that loaded ones would have."""
+        """Give weights on the meta device the dtype that loaded ones would have; random ones are float32 by default."""
+        default: Dtype = "float32" if self._weights is None else self.published_dtype
         for name, parameter in self.named_parameters():
-            parameter.data = parameter.data.to(self._dtype(name, dtype or self.published_dtype))
+            parameter.data = parameter.data.to(self._dtype(name, dtype or default))
 
     def keep_tokenizer(self, tokenizer: Tokenizer, source: Path, published: str) -> None:
         """Take a tokenizer, if it is that of the language model; `published` names the one that an error recommends."""
@@ -228,8 +230,7 @@ class FlowVLA(PrefixModel):
         return self._fingerprint
 
     def pretrained_decoder(self, head: str, space: str) -> Path | None:
-        folder = Path(self._weights).expanduser() / f"{head}_{space}"
-        return folder if folder.is_dir() else None
+        return decoder_folder(self._weights, head, space)
 
     def preprocess_images(self, images: Tensor) -> Tensor:
         return images if images.shape[-2:] == (self.side, self.side) else self.fit(images)

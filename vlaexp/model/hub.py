@@ -47,6 +47,12 @@ def locate(
         raise UserError(f"{key}={given} is no folder, and the hub did not give it ({reason}); {advice}") from error
 
 
+def decoder_folder(weights: str | None, head: str, space: str) -> Path | None:
+    """Where a folder of merged weights keeps the decoder for this head and action space; None if it has none."""
+    folder = None if weights is None else Path(weights).expanduser() / f"{head}_{space}"
+    return folder if folder is not None and folder.is_dir() else None
+
+
 def read_json(path: Path, published: str, key: str = "model.weights") -> dict[str, Any]:
     """A JSON file of a published model."""
     try:

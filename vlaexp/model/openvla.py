@@ -17,13 +17,14 @@ state is read, regression heads are OFT's, and nothing of the sequence is run be
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
@@ -34,7 +35,7 @@ from vlaexp.errors import UserError
 from vlaexp.model import openvla_oft
 from vlaexp.model.action_tokenizer import ActionTokenizer
 from vlaexp.model.base import ChunkDecoder, MaskKind, Prefix, PrefixModel
-from vlaexp.model.hub import WEIGHT_FILES, locate
+from vlaexp.model.hub import WEIGHT_FILES, decoder_folder, locate
 from vlaexp.model.layer_cache import Cache, again, run_layers, visible
 from vlaexp.model.layers import KeysValues
 from vlaexp.model.openvla_checkpoint import (
@@ -48,9 +49,11 @@ from vlaexp.model.openvla_checkpoint import (
 )
 from vlaexp.model.openvla_oft import PLACES, Decoding, Proprio
 from vlaexp.model.openvla_vision import Projector, Vision, resize
+from vlaexp.model.scratch import birthplace, check_sizes, word_tokenizer
 from vlaexp.model.weights import check_fit, fingerprint, read_shards
 
 EMPTY_WORD, EMPTY_ID = "\u2581", 29871  # as Llama-2 has it
+SPECIAL = ("<unk>", "<s>", "</s>", EMPTY_WORD)  # of the tokenizer of random weights
 SEEDS_FILE = "training_seeds.json"  # of merged weights: ranges of the episodes that they have seen
 FILES = (*WEIGHT_FILES, *openvla_oft.FILES)
 PUBLISHED_DTYPE = "bfloat16"
@@ -90,12 +93,13 @@ class OpenVLA(PrefixModel):
         cameras: the camera slots; one for the published model, several as in OpenVLA-OFT.
         state_dim, goal_dim, action_dim: of the data; without OFT's parts the model reads none of them, with them None
             means those of the weights.
-        weights: a folder in the published format, or a hub id.
+        weights: a folder in the published format, a hub id, or None to start from random weights.
+        sizes: of random weights, fields of `OpenVLAConfig`; None for the published ones.
         revision: commit or branch of a hub id.
         unnorm_key: the pretraining dataset whose statistics are used, of the action and, where OFT's parts read it, of
             the state, which is then clipped to [-1, 1]; None for those of the training data.
         unnorm_mode: the range that the checkpoint calls [-1, 1].
-        dtype: of the weights; None for that of the checkpoint.
+        dtype: of the weights; None for that of the checkpoint, float32 where there is none.
         oft: OpenVLA-OFT's parts; None where the weights bring them, True also without (drawn anew, as OFT begins),
             False for the language model alone, which other heads than regression need.
         center_crop: evaluate on the central 90% of the image's area; for policies trained with augmentation=openvla.
@@ -113,7 +117,8 @@ class OpenVLA(PrefixModel):
         state_dim: int | None,
         goal_dim: int,
         action_dim: int | None = None,
-        weights: str = PUBLISHED,
+        weights: str | None = PUBLISHED,
+        sizes: Mapping[str, Any] | None = None,
         revision: str | None = None,
         unnorm_key: str | None = None,
         unnorm_mode: UnnormMode = "q01_q99",
@@ -127,10 +132,11 @@ class OpenVLA(PrefixModel):
             raise UserError("model.cameras=[]; OpenVLA needs at least one camera, as in model.cameras=[front]")
         self.cameras = tuple(cameras)
         on_meta = torch.get_default_device().type == "meta"
-        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision, PUBLISHED, files=FILES)
-        config = OpenVLAConfig() if folder is None else OpenVLAConfig.read(folder)
+        chosen = check_sizes(sizes, weights, [field.name for field in fields(OpenVLAConfig)])
+        no_files = weights is None or (on_meta and weights == PUBLISHED)
+        folder = None if no_files else locate(str(weights), revision, PUBLISHED, files=FILES)
+        config = OpenVLAConfig(**chosen) if folder is None else OpenVLAConfig.read(folder)
         parts = {} if folder is None or oft is False else openvla_oft.read_parts(folder)
-        sizes = {"action_head": action_dim, "proprio_projector": state_dim}
         text = config.llama()
         text._attn_implementation = "sdpa"
         self.config, self.width = config, text.hidden_size
@@ -138,14 +144,15 @@ class OpenVLA(PrefixModel):
         self._weights, self._unnorm_key = weights, unnorm_key
         self.oft = bool(parts) if oft is None else oft
         self._unnorm_mode: UnnormMode = unnorm_mode
-        with torch.device("meta"):  # the weights bring their own memory
+        with birthplace(weights):
             self.vision = Vision(config, gradient_checkpointing)
             patches = self.vision.featurizer.patch_embed.num_patches
             positions = text.max_position_embeddings
             if len(cameras) * patches >= positions:
                 raise UserError(
-                    f"model.cameras has {len(cameras)} of {patches} patches each; the language model of {weights} was "
-                    f"trained on {positions} tokens: take at most {(positions - 1) // patches}"
+                    f"model.cameras has {len(cameras)} of {patches} patches each; the language model of "
+                    f"{weights or 'model.sizes'} is made for {positions} tokens: take at most "
+                    f"{(positions - 1) // patches}"
                 )
             self.projector = Projector(self.vision.width, self.width)
             self.language = LlamaModel(text)
@@ -157,31 +164,40 @@ class OpenVLA(PrefixModel):
         }
         self._fingerprint = "no weights on the meta device"
         self._bos, self._end, self._empty, self.tokenizer = 1, 2, EMPTY_ID, None
+        if not on_meta:
+            self.tokenizer = self._read_tokenizer(folder)
+            self._bos, self._end, self._empty = (self._id(word) for word in ("<s>", "</s>", EMPTY_WORD))
+        wanted = None if dtype is None else getattr(torch, dtype)
+        if folder is None or on_meta:
+            self.to(wanted or getattr(torch, "float32" if weights is None else PUBLISHED_DTYPE))
+        else:
+            self._load(folder, wanted)
         if self.oft:
             self.supported_heads, self.other_heads = ("regression", "joint", "ee_delta"), "model.oft=false"
+            widths = {"action_head": action_dim, "proprio_projector": state_dim}
+            wanted = wanted or self.language.embed_tokens.weight.dtype
+            self.reinitialized = openvla_oft.attach(self, parts, widths, self.width, wanted, str(folder))
         if on_meta:
-            if self.oft:
-                self.reinitialized = openvla_oft.attach(self, parts, sizes, self.width, None, weights)
-            self.to(getattr(torch, dtype or PUBLISHED_DTYPE))
             return
-        assert folder is not None
+        loaded = {name: value for name, value in self.state_dict().items() if not name.startswith(self.reinitialized)}
+        self._fingerprint = fingerprint(loaded)
+        self.input_stats()  # an unknown key shall fail here
+
+    def _read_tokenizer(self, folder: Path | None) -> Tokenizer:
+        if folder is None:
+            return word_tokenizer(SPECIAL, self.action_tokenizer.first)
+        return read_tokenizer(folder, self.config)
+
+    def _load(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Weights of a folder, every key accounted for."""
         self._folder = folder
-        self.tokenizer = read_tokenizer(folder, config)
-        self._bos, self._end, self._empty = (self._id(word) for word in ("<s>", "</s>", EMPTY_WORD))
         own = self.state_dict()
         given = read_shards(folder)
         check_fit({published_name(name): value for name, value in own.items()}, given, str(folder))
-        wanted = None if dtype is None else getattr(torch, dtype)
-        self.load_state_dict({name: given[published_name(name)].to(wanted) for name in own}, assign=True)
-        self.language.rotary_emb = LlamaRotaryEmbedding(text)  # its frequencies are in no file
-        if self.oft:
-            wanted = wanted or self.language.embed_tokens.weight.dtype
-            self.reinitialized = openvla_oft.attach(self, parts, sizes, self.width, wanted, str(folder))
-        loaded = {name: value for name, value in self.state_dict().items() if not name.startswith(self.reinitialized)}
-        self._fingerprint = fingerprint(loaded)
+        self.load_state_dict({name: given[published_name(name)].to(dtype) for name in own}, assign=True)
+        self.language.rotary_emb = LlamaRotaryEmbedding(self.language.config)  # its frequencies are in no file
         if (folder / SEEDS_FILE).exists():
             self.training_seeds = tuple((low, high) for low, high in json.loads((folder / SEEDS_FILE).read_text()))
-        self.input_stats()  # an unknown key shall fail here
 
     def _id(self, word: str) -> int:
         assert self.tokenizer is not None
@@ -219,8 +235,7 @@ class OpenVLA(PrefixModel):
         return self._fingerprint
 
     def pretrained_decoder(self, head: str, space: str) -> Path | None:
-        folder = Path(self._weights).expanduser() / f"{head}_{space}"
-        return folder if folder.is_dir() else None
+        return decoder_folder(self._weights, head, space)
 
     def save_weights(self, folder: Path, input_stats: NormStats, training_seeds: Sequence[tuple[int, int]]) -> None:
         """In the published format, the language model's head included, with two more files."""

@@ -28,6 +28,9 @@ from vlaexp.model.flow_vla import Dtype, FlowVLA, grey_levels
 from vlaexp.model.hub import locate, read_tokenizer
 from vlaexp.model.layer_cache import Cache, visible
 from vlaexp.model.lerobot_checkpoint import read_checkpoint, read_config, refuse, unpadded
+from vlaexp.model.pi0_layers import FlowMatching
+from vlaexp.model.scratch import birthplace, check_sizes, word_tokenizer
+from vlaexp.model.weights import fingerprint
 
 TOKENIZER = "google/paligemma-3b-pt-224"
 BOS = "<bos>"
@@ -42,6 +45,7 @@ SIZES = (  # fields of config.json that are read
     "num_inference_steps",
     "tokenizer_max_length",
 )
+MODULES = ("vision", "language", "expert")  # sizes that no published config.json names
 EXPECTED = {"use_relative_actions": False}
 OPENPI = {  # names of fields, and LeRobot's
     "paligemma_variant": "paligemma_variant",
@@ -59,12 +63,13 @@ class Pi0(FlowVLA):
     Args:
         cameras: the camera slots, in order; the published model was trained with up to three.
         state_dim, action_dim: of the data; None where they don't matter.
-        weights: a folder in LeRobot's or openpi's converted format, or a hub id.
+        weights: a folder in LeRobot's or openpi's converted format, a hub id, or None to start from random weights.
+        sizes: of random weights, fields of LeRobot's PI0Config and those of `FlowMatching`; None for the published.
         revision: commit or branch of a hub id.
         tokenizer: folder or hub id of PaliGemma's tokenizer; None for that in the checkpoint, else the published one.
         statistics: dataset (for openpi, asset id) whose statistics in the checkpoint are used, `checkpoint` where they
             have no name; None for those of the training data.
-        dtype: of the weights (`FlowVLA`); None for that of the checkpoint.
+        dtype: of the weights (`FlowVLA`); None for that of the checkpoint, float32 where there is none.
         gradient_checkpointing: compute activations again in the backward pass, layer by layer.
     """
 
@@ -87,7 +92,8 @@ class Pi0(FlowVLA):
         cameras: Sequence[str],
         state_dim: int | None,
         action_dim: int | None = None,
-        weights: str = published,
+        weights: str | None = published,
+        sizes: Mapping[str, Any] | None = None,
         revision: str | None = None,
         tokenizer: str | None = None,
         statistics: str | None = None,
@@ -96,8 +102,10 @@ class Pi0(FlowVLA):
     ) -> None:
         super().__init__(cameras, weights, statistics, gradient_checkpointing)
         on_meta = torch.get_default_device().type == "meta"
-        folder = None if on_meta and weights == self.published else locate(weights, revision, self.published)
-        given = {} if folder is None else read_config(folder, self.name, self.published, OPENPI)
+        chosen = check_sizes(sizes, weights, (*SIZES, *MODULES))
+        no_files = weights is None or (on_meta and weights == self.published)
+        folder = None if no_files else locate(str(weights), revision, self.published)
+        given = chosen if folder is None else read_config(folder, self.name, self.published, OPENPI)
         if folder is not None:
             refuse(given, EXPECTED, folder)
         config = _config(given)
@@ -105,8 +113,9 @@ class Pi0(FlowVLA):
         self.num_steps, self.max_words = config.num_inference_steps, config.tokenizer_max_length
         self.side = config.image_resolution[0]
         self.check_state(state_dim)
-        with torch.device("meta"):  # the weights bring their own memory
-            self.model = PI0Pytorch(config)
+        modules = {key: chosen[key] for key in MODULES if key in chosen}
+        with birthplace(weights):
+            self.model = FlowMatching(config, **_all_of(modules)) if modules else PI0Pytorch(config)
         # word heads, of which nothing depends
         self.model.paligemma_with_expert.paligemma.lm_head = None
         self.model.paligemma_with_expert.gemma_expert.lm_head = None
@@ -121,16 +130,22 @@ class Pi0(FlowVLA):
         self.landmarks = {"embeddings": f"{name}.embed_tokens", "last_layer": f"{name}.layers.{last}"}
         if folder is None or on_meta:
             self.cast(dtype)
+            if not on_meta:
+                self._read_tokenizer(None, tokenizer)
+                self._fingerprint = fingerprint(self.state_dict())
             return
         self._read_tokenizer(folder, tokenizer)
         self.load(read_checkpoint(folder, given), dtype)
         if statistics is not None and self._stats is not None:
-            sizes = {"state": state_dim, "action": action_dim}
-            self._stats = unpadded(self._stats, self.action_dim, sizes)
+            widths = {"state": state_dim, "action": action_dim}
+            self._stats = unpadded(self._stats, self.action_dim, widths)
         self._fill()
 
-    def _read_tokenizer(self, folder: Path, given: str | None) -> None:
-        if given is not None or not (folder / "tokenizer.json").exists():
+    def _read_tokenizer(self, folder: Path | None, given: str | None) -> None:
+        if folder is None and given is None:
+            self.begin, self.tokenizer = (0,), word_tokenizer((BOS, "<unk>"), self.language.config.vocab_size)
+            return
+        if folder is None or given is not None or not (folder / "tokenizer.json").exists():
             folder = locate(given or TOKENIZER, None, TOKENIZER, "model.tokenizer", ("tokenizer.json",))
         self.keep_tokenizer(found := read_tokenizer(folder), folder, TOKENIZER)
         if (bos := found.token_to_id(BOS)) is None:
@@ -187,6 +202,12 @@ class Pi0(FlowVLA):
         attend, positions = cache.attention(among)
         hidden, _ = self.run(self.expert, suffix, positions, attend, cache.layers)
         return -self.model.action_out_proj(hidden[:, 1:])
+
+
+def _all_of(modules: dict[str, Any]) -> dict[str, Any]:
+    if lacking := sorted(set(MODULES) - set(modules)):
+        raise UserError(f"model.sizes has {sorted(modules)} but not {lacking}; give all of {list(MODULES)}, or none")
+    return modules
 
 
 def _config(given: Mapping[str, Any]) -> PI0Config:

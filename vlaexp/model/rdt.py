@@ -16,8 +16,8 @@ does vlaexp where their slots agree. Chunks shorter than the 64 steps of the pre
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from vlaexp.data_types import Observation
 from vlaexp.dataset.normalize import NormStats, Statistics
 from vlaexp.errors import UserError
 from vlaexp.model.base import MaskKind, Prefix, PrefixModel
-from vlaexp.model.hub import locate
+from vlaexp.model.hub import decoder_folder, locate
 from vlaexp.model.layer_cache import again
 from vlaexp.model.layers import KeysValues
 from vlaexp.model.rdt_checkpoint import (
@@ -47,7 +47,8 @@ from vlaexp.model.rdt_dropout import ConditionDropout
 from vlaexp.model.rdt_language import Language
 from vlaexp.model.rdt_slots import SLOTS, checked, placed, slots_of
 from vlaexp.model.rdt_transformer import DiffusionTransformer, adaptor
-from vlaexp.model.rdt_vision import MEAN_COLOUR, SIGLIP, Vision, pad_and_resize, read_vision, vision_config
+from vlaexp.model.rdt_vision import MEAN_COLOUR, SIGLIP, SO400M, Vision, pad_and_resize, read_vision, vision_config
+from vlaexp.model.scratch import birthplace, check_sizes
 from vlaexp.model.weights import check_fit, fingerprint
 
 SIGLIP_FOLDER = "siglip"
@@ -95,15 +96,17 @@ class RDT(PrefixModel):
         state_slots: the slot of each number of the state (`rdt_slots`).
         normalize: states and actions by statistics of the training data; False for SI units as in the pretraining,
             which suit joint positions.
-        weights: a folder in the published format, or a hub id.
+        weights: a folder in the published format, a hub id, or None to start from random weights, SigLIP's too.
+        sizes: of random weights, fields of `RDTConfig`, and `vision`, fields of transformers' SiglipVisionConfig; None
+            for the published ones.
         revision: commit or branch of a hub id.
         vision_weights: a folder of SigLIP, or a hub id; None for `siglip/` in the folder of merged weights, otherwise
             the published one.
-        language_embeddings: folder that keeps embeddings of instructions.
+        language_embeddings: folder that keeps embeddings of instructions; None for a fixed random vector per word.
         text_encoder: folder of T5-XXL, for instructions that `language_embeddings` lacks.
         condition_dropout: probability in training that a condition is lost (`rdt_dropout`).
         state_noise_snr: signal-to-noise ratio in dB of the state in training; None for no noise.
-        dtype: of the weights; None for that of the RDT checkpoint.
+        dtype: of the weights; None for that of the RDT checkpoint, float32 where there is none.
         gradient_checkpointing: compute activations again in the backward pass, block by block.
     """
 
@@ -120,10 +123,11 @@ class RDT(PrefixModel):
         action_horizon: int,
         state_slots: Sequence[int],
         normalize: bool = True,
-        weights: str = PUBLISHED,
+        weights: str | None = PUBLISHED,
+        sizes: Mapping[str, Any] | None = None,
         revision: str | None = None,
         vision_weights: str | None = None,
-        language_embeddings: str = "~/.cache/vlaexp/language_embeddings",
+        language_embeddings: str | None = "~/.cache/vlaexp/language_embeddings",
         text_encoder: str | None = None,
         condition_dropout: float = 0.1,
         state_noise_snr: float | None = 40.0,
@@ -132,10 +136,19 @@ class RDT(PrefixModel):
     ) -> None:
         super().__init__()
         on_meta = torch.get_default_device().type == "meta"
-        folder = None if on_meta and weights == PUBLISHED else locate(weights, revision, PUBLISHED, files=FILES)
-        eyes = _siglip_folder(folder, vision_weights, on_meta)
-        config = RDTConfig() if folder is None else RDTConfig.read(folder)
-        vision = vision_config(eyes, config)
+        chosen = check_sizes(sizes, weights, ["vision", *(field.name for field in fields(RDTConfig))])
+        if (weights is None) != (language_embeddings is None) or (weights is None and vision_weights is not None):
+            raise UserError(
+                f"model.weights={weights}, model.vision_weights={vision_weights}, model.language_embeddings="
+                f"{language_embeddings}; loaded weights need embeddings of T5, random ones (model.weights=null) go "
+                "with model.language_embeddings=null and model.vision_weights=null"
+            )
+        tower = chosen.pop("vision", SO400M)
+        no_files = weights is None or (on_meta and weights == PUBLISHED)
+        folder = None if no_files else locate(str(weights), revision, PUBLISHED, files=FILES)
+        eyes = None if weights is None else _siglip_folder(folder, vision_weights, on_meta)
+        config = RDTConfig(**chosen) if folder is None else RDTConfig.read(folder)
+        vision = vision_config(eyes, config, tower)
         if not 1 <= len(cameras) <= config.num_cameras:
             raise UserError(
                 f"model.cameras={list(cameras)}; this RDT takes 1 to {config.num_cameras}, in the order exterior, "
@@ -154,30 +167,30 @@ class RDT(PrefixModel):
         self._action_dim, self._normalize = action_dim, normalize
         self._weights, self._checkpointing = weights, gradient_checkpointing
         encoder = None if text_encoder is None else Path(text_encoder).expanduser()
-        with torch.device("meta"):  # the weights bring their own memory
+        embeddings = None if language_embeddings is None else Path(language_embeddings).expanduser()
+        with birthplace(weights):
             self.vision = Vision(vision)
             if gradient_checkpointing:
                 self.vision.gradient_checkpointing_enable()
             self.projector = Projector(config)
-            self.language = Language(config, Path(language_embeddings).expanduser(), encoder)
+            self.language = Language(config, embeddings, encoder)
             self.decoder = DiffusionTransformer(config)
         self._stats: NormStats | None = None
         self._fingerprint = "no weights on the meta device"
+        default = "float32" if weights is None else PUBLISHED_DTYPE
         if on_meta:
-            self.to(getattr(torch, dtype or PUBLISHED_DTYPE))
+            self.to(getattr(torch, dtype or default))
             return
-        assert folder is not None
-        assert eyes is not None
-        self._folder, self._eyes = folder, eyes
-        self._load(None if dtype is None else getattr(torch, dtype))
+        if folder is None:
+            self.to(getattr(torch, dtype or default))
+        else:
+            assert eyes is not None
+            self._folder, self._eyes = folder, eyes
+            self._load(None if dtype is None else getattr(torch, dtype))
         self._fingerprint = fingerprint(self.state_dict())
-        if (folder / STATS_FILE).exists():
-            self._stats = NormStats.load(folder / STATS_FILE)
-        if (folder / SEEDS_FILE).exists():
-            self.training_seeds = tuple((low, high) for low, high in json.loads((folder / SEEDS_FILE).read_text()))
 
     def _load(self, dtype: torch.dtype | None) -> None:
-        """Weights of both folders, every key accounted for."""
+        """Weights of both folders, every key accounted for, and what merged weights bring along."""
         own, given = self.state_dict(), {}
         for source, read, is_ours in (
             (self._folder, read_weights, lambda name: not name.startswith("vision.")),
@@ -190,6 +203,11 @@ class RDT(PrefixModel):
         dtype = dtype or given["model.x_pos_embed"].dtype
         self.load_state_dict({name: given[published_name(name)].to(dtype) for name in own}, assign=True)
         self.vision.renew_positions()
+        stats, seeds = (self._folder / name for name in (STATS_FILE, SEEDS_FILE))
+        if stats.exists():
+            self._stats = NormStats.load(stats)
+        if seeds.exists():
+            self.training_seeds = tuple((low, high) for low, high in json.loads(seeds.read_text()))
 
     # ---- the contract of a base -----------------------------------------------------------------------------------
 
@@ -204,8 +222,7 @@ class RDT(PrefixModel):
         return NormStats({name: _unit(size) for name, size in sizes.items()}, {}, "SI units (model.normalize=false)")
 
     def pretrained_decoder(self, head: str, space: str) -> Path | None:
-        folder = Path(self._weights).expanduser() / f"{head}_{space}"
-        return folder if folder.is_dir() else None
+        return decoder_folder(self._weights, head, space)
 
     def save_weights(self, folder: Path, input_stats: NormStats, training_seeds: Sequence[tuple[int, int]]) -> None:
         """In the published formats, RDT with its decoder and SigLIP beside it, with two more files."""

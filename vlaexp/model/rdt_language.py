@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from vlaexp.errors import UserError
 from vlaexp.model.rdt_checkpoint import RDTConfig
 from vlaexp.model.rdt_transformer import adaptor
+from vlaexp.model.scratch import word_vectors
 
 T5 = "google/t5-v1_1-xxl"
 T5_DECODER = ("decoder.", "lm_head.")  # of its checkpoint, without part in an embedding
@@ -36,11 +37,11 @@ class Language(nn.Module):
 
     Args:
         config: sizes.
-        folder: of the embeddings.
+        folder: of the embeddings; None for a fixed random vector per word (`vlaexp.model.scratch`).
         text_encoder: folder of T5's files, for instructions that `folder` lacks; None to refuse them.
     """
 
-    def __init__(self, config: RDTConfig, folder: Path, text_encoder: Path | None) -> None:
+    def __init__(self, config: RDTConfig, folder: Path | None, text_encoder: Path | None) -> None:
         super().__init__()
         self.adaptor = adaptor(config.lang_token_dim, config.hidden_size, config.lang_adaptor)
         self._width, self._longest = config.lang_token_dim, config.max_lang_cond_len
@@ -65,14 +66,18 @@ class Language(nn.Module):
             UserError: where there is no T5 to encode with, or a file does not fit.
         """
         wanted = sorted(set(instructions) - self._embeddings.keys())
-        if lacking := [text for text in wanted if not embedding_file(self._folder, text).exists()]:
-            self._encode(lacking)
-        self._embeddings |= {text: self._read(embedding_file(self._folder, text)) for text in wanted}
+        if self._folder is None:
+            self._embeddings |= {text: word_vectors(text, self._width)[: self._longest] for text in wanted}
+            return
+        files = {text: embedding_file(self._folder, text) for text in wanted}
+        if lacking := [text for text, path in files.items() if not path.exists()]:
+            self._encode(self._folder, lacking)
+        self._embeddings |= {text: self._read(path) for text, path in files.items()}
 
     def known(self) -> tuple[str, ...]:
         """Instructions in the folder, in the order of their files."""
         found: list[str] = []
-        for path in sorted(self._folder.glob("*.safetensors")):
+        for path in [] if self._folder is None else sorted(self._folder.glob("*.safetensors")):
             with _opened(path) as file:
                 found.append(file.metadata()["instruction"])
         return tuple(found)
@@ -87,20 +92,20 @@ class Language(nn.Module):
             )
         return embedding
 
-    def _encode(self, instructions: Sequence[str]) -> None:
+    def _encode(self, folder: Path, instructions: Sequence[str]) -> None:
         if self._text_encoder is None:
             raise UserError(
-                f"no language embedding of {list(instructions)} in model.language_embeddings={self._folder}; download "
+                f"no language embedding of {list(instructions)} in model.language_embeddings={folder}; download "
                 f"{T5} into a folder and set model.text_encoder=FOLDER (each instruction is encoded once and kept), "
-                f"or copy {embedding_file(self._folder, instructions[0]).name} from where it was made"
+                f"or copy {embedding_file(folder, instructions[0]).name} from where it was made"
                 + ("; model.condition_dropout=0 needs no empty instruction" if "" in instructions else "")
             )
         print(f"encoding {len(instructions)} instructions with {self._text_encoder}", file=sys.stderr, flush=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for text, embedding in zip(instructions, encode(self._text_encoder, instructions, self._longest), strict=True):
-            partial = self._folder / f"{os.getpid()}.partial"
+            partial = folder / f"{os.getpid()}.partial"
             save_file({"embedding": embedding}, partial, metadata={"instruction": text})
-            partial.rename(embedding_file(self._folder, text))  # whole, or not there for other processes
+            partial.rename(embedding_file(folder, text))  # whole, or not there for other processes
 
 
 def embedding_file(folder: Path, instruction: str) -> Path:

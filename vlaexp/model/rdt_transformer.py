@@ -116,11 +116,15 @@ class DiffusionTransformer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.t_embedder, self.freq_embedder = NumberEmbedder(width), NumberEmbedder(width)
-        self.x_pos_embed = nn.Parameter(torch.zeros(1, LEADING + config.pred_horizon, width))
-        self.lang_cond_pos_embed = nn.Parameter(torch.zeros(1, config.max_lang_cond_len, width))
-        self.img_cond_pos_embed = nn.Parameter(torch.zeros(1, config.img_cond_len, width))
+        self.x_pos_embed = _positions(LEADING + config.pred_horizon, width)
+        self.lang_cond_pos_embed = _positions(config.max_lang_cond_len, width)
+        self.img_cond_pos_embed = _positions(config.img_cond_len, width)
         self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.depth))
         self.final_layer = FinalLayer(width)
+
+
+def _positions(length: int, width: int) -> nn.Parameter:
+    return nn.Parameter(0.02 * torch.randn(1, length, width))
 
 
 def adaptor(in_width: int, width: int, depth: int) -> nn.Sequential:

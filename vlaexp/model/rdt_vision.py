@@ -4,6 +4,7 @@ Images are padded to squares with the mean colour of SigLIP's training and resiz
 attention pooling and the text tower of published files have no part in it.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,13 @@ def pad_and_resize(images: UInt8[Tensor, "n 3 H W"], size: int) -> UInt8[Tensor,
     return resize(square, size)
 
 
-def vision_config(folder: Path | None, rdt: RDTConfig) -> SiglipVisionConfig:
-    """The tower's configuration; None for that of the published one.
+def vision_config(folder: Path | None, rdt: RDTConfig, sizes: Mapping[str, Any] = SO400M) -> SiglipVisionConfig:
+    """The tower's configuration, of a folder's weights or of `sizes`.
 
     Raises:
         UserError: where it is no SigLIP, or does not give the image tokens that the RDT was trained on.
     """
-    given = SO400M
+    given = sizes
     if folder is not None:
         whole = read_json(folder / "config.json", SIGLIP, "model.vision_weights")
         if whole.get("model_type") not in ("siglip", "siglip_vision_model"):
@@ -88,8 +89,9 @@ def vision_config(folder: Path | None, rdt: RDTConfig) -> SiglipVisionConfig:
     assert isinstance(config.patch_size, int)
     tokens = ((config.image_size // config.patch_size) ** 2, config.hidden_size)
     if tokens != (rdt.num_patches, rdt.img_token_dim):
+        source = f"in {folder}" if folder else "of model.sizes.vision"
         raise UserError(
-            f"the SigLIP in {folder} gives {tokens[0]} tokens of width {tokens[1]} per image, this RDT was trained on "
+            f"the SigLIP {source} gives {tokens[0]} tokens of width {tokens[1]} per image, this RDT was trained on "
             f"{rdt.num_patches} of width {rdt.img_token_dim}; set model.vision_weights to the one that it used"
         )
     config.vision_use_head = False

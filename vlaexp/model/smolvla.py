@@ -28,7 +28,9 @@ from vlaexp.model.flow_vla import Dtype, FlowVLA, grey_levels
 from vlaexp.model.hub import locate, read_json, read_tokenizer
 from vlaexp.model.layer_cache import Cache, visible
 from vlaexp.model.lerobot_checkpoint import read_checkpoint, read_config, refuse
+from vlaexp.model.scratch import birthplace, check_sizes, word_tokenizer
 from vlaexp.model.smolvla_layers import SMOLVLM2_500M, FlowMatching
+from vlaexp.model.weights import fingerprint
 
 VLM = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
 VLM_FILES = ("config.json", "tokenizer.json")
@@ -62,13 +64,15 @@ class SmolVLA(FlowVLA):
     Args:
         cameras: the camera slots, in order.
         state_dim: of the data.
-        weights: a folder in LeRobot's format, or a hub id.
+        weights: a folder in LeRobot's format, a hub id, or None to start from random weights.
+        sizes: of random weights, fields of LeRobot's SmolVLAConfig, and `vision_language`, fields of transformers'
+            SmolVLMConfig; None for the published ones.
         revision: commit or branch of a hub id.
         vlm: folder or hub id with config.json and tokenizer.json of the vision-language model; None for what the
             checkpoint names.
         statistics: dataset whose statistics in the checkpoint are used, `checkpoint` where they have no name; None for
             those of the training data.
-        dtype: of the weights (`FlowVLA`); None for that of the checkpoint.
+        dtype: of the weights (`FlowVLA`); None for that of the checkpoint, float32 where there is none.
         gradient_checkpointing: compute activations again in the backward pass, layer by layer.
     """
 
@@ -89,7 +93,8 @@ class SmolVLA(FlowVLA):
         self,
         cameras: Sequence[str],
         state_dim: int | None,
-        weights: str = published,
+        weights: str | None = published,
+        sizes: Mapping[str, Any] | None = None,
         revision: str | None = None,
         vlm: str | None = None,
         statistics: str | None = None,
@@ -98,26 +103,29 @@ class SmolVLA(FlowVLA):
     ) -> None:
         super().__init__(cameras, weights, statistics, gradient_checkpointing)
         on_meta = torch.get_default_device().type == "meta"
-        folder = None if on_meta and weights == self.published else locate(weights, revision, self.published)
-        given = {} if folder is None else read_config(folder, self.name, self.published)
+        chosen = check_sizes(sizes, weights, (*SIZES, "vision_language"))
+        no_files = weights is None or (on_meta and weights == self.published)
+        folder = None if no_files else locate(str(weights), revision, self.published)
+        given = chosen if folder is None else read_config(folder, self.name, self.published)
         if folder is not None:
             refuse(given, EXPECTED, folder)
         config = _config(given)
         named = vlm or config.vlm_model_name
-        source = None if on_meta and named == VLM else locate(named, None, VLM, "model.vlm", VLM_FILES)
-        sizes = _sizes(source)
-        side = sizes.vision_config.image_size
+        no_vlm = (weights is None and vlm is None) or (on_meta and named == VLM)
+        source = None if no_vlm else locate(named, None, VLM, "model.vlm", VLM_FILES)
+        vlm_config = _vlm_config(source, chosen.get("vision_language", {}))
+        side = vlm_config.vision_config.image_size
         self.action_dim, self.state_dim = config.max_action_dim, config.max_state_dim
         self.num_steps, self.max_words = config.num_steps, config.tokenizer_max_length
         self.side = side
         if {*config.resize_imgs_with_padding} != {side}:
             raise UserError(
-                f"{folder} resizes images to {config.resize_imgs_with_padding}; expected {(side, side)}, for which its "
-                "vision tower was made; use another checkpoint, or another model.vlm"
+                f"{folder or 'model.sizes'} resizes images to {config.resize_imgs_with_padding}; expected "
+                f"{(side, side)}, for which its vision tower was made; use another checkpoint, or another model.vlm"
             )
         self.check_state(state_dim)
-        with torch.device("meta"):  # the weights bring their own memory
-            self.model = FlowMatching(config, sizes)
+        with birthplace(weights):
+            self.model = FlowMatching(config, vlm_config)
         self.model.vlm_with_expert.vlm.lm_head = None  # of which nothing depends
         self.language.config._attn_implementation = "sdpa"
         self.width = self.language.config.hidden_size
@@ -129,11 +137,18 @@ class SmolVLA(FlowVLA):
             "embeddings": f"{name}.embed_tokens",
             "last_layer": f"{name}.layers.{self.language.config.num_hidden_layers - 1}",
         }
-        if folder is None or source is None or on_meta:
+        if on_meta:
             self.cast(dtype)
             return
-        self.keep_tokenizer(read_tokenizer(source), source, VLM)
-        self.load(read_checkpoint(folder, given), dtype)
+        if source is None:
+            self.tokenizer = word_tokenizer(("<unk>",), self.language.config.vocab_size)
+        else:
+            self.keep_tokenizer(read_tokenizer(source), source, VLM)
+        if folder is None:
+            self.cast(dtype)
+            self._fingerprint = fingerprint(self.state_dict())
+        else:
+            self.load(read_checkpoint(folder, given), dtype)
         assert not any(buffer.is_meta for buffer in self.buffers())
 
     @property
@@ -189,8 +204,8 @@ def _config(given: Mapping[str, Any]) -> SmolVLAConfig:
         raise UserError(f"smolvla cannot be built with {chosen}: {error}; use a published config.json") from error
 
 
-def _sizes(source: Path | None) -> Any:
-    data = SMOLVLM2_500M if source is None else read_json(source / "config.json", VLM, "model.vlm")
+def _vlm_config(source: Path | None, sizes: Mapping[str, Any]) -> Any:
+    data = SMOLVLM2_500M | dict(sizes) if source is None else read_json(source / "config.json", VLM, "model.vlm")
     if data.get("model_type") != "smolvlm":
         raise UserError(
             f"{source} holds a {data.get('model_type')!r} (config.json); expected a 'smolvlm'; set model.vlm to "

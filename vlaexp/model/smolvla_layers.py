@@ -106,6 +106,7 @@ class VisionLanguageExpert(SmolVLMWithExpertModel):
         cache = DynamicCache(past)  # grows; the tensors of `past` do not
         (seen,), _ = attention(layers, [None, x], i, positions, attend, len(x), head_dim, True, cache)
         x = layer.self_attn.o_proj(seen.to(layer.self_attn.o_proj.weight.dtype)) + x
+        x = x.to(layer.post_attention_layernorm.weight.dtype)  # embedded actions are float32; LeRobot adds in place
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
 

@@ -174,8 +174,9 @@ def uses_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
 
 def _has_expert(config: Mapping[str, Any], model: BaseModel) -> bool:
     """Whether the head is the model's own decoder, with loaded weights."""
-    drawn_anew = any(model.part_of(prefix) == "decoder" for prefix in model.reinitialized)
-    return uses_expert(config, model) and not drawn_anew
+    if not uses_expert(config, model) or config["model"]["weights"] is None:
+        return False
+    return not any(model.part_of(prefix) == "decoder" for prefix in model.reinitialized)
 
 
 def head_origin(config: Mapping[str, Any], model: BaseModel, space: str) -> str:

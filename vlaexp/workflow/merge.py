@@ -52,6 +52,11 @@ def merge(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     head = load_policy(policy)
     if not adapters(head.model):
         raise UserError(f"policy {policy} has no adapter to merge; it was trained with lora=none")
+    if head.model.large and record["base"]["weights"] is None:
+        raise UserError(
+            f"policy {policy} stands on random weights (model.weights=null), which no file holds; keep the policy "
+            "folder, from which the same weights are drawn again"
+        )
     observation = made_up_batch(head, OBSERVATIONS).observation
     before = _actions(head, observation)
     quantized = is_quantized(head.model)
