@@ -21,7 +21,7 @@ from vlaexp.workflow.train import train
 LONG = [
     "trainer.max_steps=300",
     "trainer.checkpoint_interval=1000",
-    "trainer.val_interval=1000",
+    "trainer.val_interval=20",
     "lora=r4",
     "head=joint",
 ]

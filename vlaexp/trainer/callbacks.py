@@ -158,9 +158,13 @@ class StepProgress(Callback):
 
 
 class TrainableOnly(Callback):
-    """Keep frozen weights out of checkpoints, and check on resume that all else is there."""
+    """Keep frozen weights and unfinished batches out of checkpoints, and check on resume that all else is there."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # At the start of a batch Lightning has counted it already, and would validate a step early after a resume.
+        for count in ("total", "current"):
+            batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][count]
+            batches |= dict.fromkeys(batches, batches["completed"])
         kept = trained_tensors(pl_module)
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
 
