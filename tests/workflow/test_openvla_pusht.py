@@ -69,6 +69,23 @@ def test_a_point_is_planned_without_a_hub(
 
 
 @pytest.mark.slow
+def test_the_dry_run_of_the_page_is_what_the_sweep_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For SLURM, without SLURM, a hub or a GPU."""
+    line = ["sweep", "submit", "experiment=openvla_pusht", "hydra/launcher=slurm", f"outputs={tmp_path}"]
+    assert cli.main([*line, "dry_run=true", "format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {key: found[key] for key in ("points", "trainings", "gpu_hours")} == {
+        "points": 9,
+        "trainings": 2,
+        "gpu_hours": None,
+    }
+    said = f"2 trainings, {found['steps_total']:,} steps where single trainings would take {found['steps_naive']:,}"
+    assert said in README.read_text()
+    assert f"{found['disk_gb']:.1f} GB of disk" in README.read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["r16", "r32"])
 def test_the_plan_of_the_page_is_what_the_plan_says(points: list[Point], rank: str, tmp_path: Path) -> None:
     """At full size, on the meta device."""
