@@ -162,7 +162,11 @@ def test_held_out_error_names_its_baselines(tiny: list[str]) -> None:
         ({"max_steps": 0}, r"trainer\.max_steps=0; expected at least 1"),
         (
             {"strategy": "fsdp"},
-            r"trainer\.strategy=fsdp shards the weights, .* one rank's part .*trainer\.strategy=ddp",
+            r"trainer\.strategy=fsdp with trainer\.devices=1: .*set trainer\.devices=2 .* trainer\.strategy=auto",
+        ),
+        (
+            {"strategy": "deepspeed"},
+            r"trainer\.strategy=deepspeed shards what trains, .* one rank's part .*trainer\.strategy=fsdp.*=ddp",
         ),
         ({"batch_size": 0}, r"trainer\.batch_size=0; expected at least 1"),
         ({"val_interval": 0}, r"trainer\.val_interval=0; expected at least 1"),

@@ -30,7 +30,7 @@ from vlaexp.trainer.callbacks import (
 )
 from vlaexp.trainer.lightning_journal import LightningJournal
 from vlaexp.trainer.run_log import RunLog
-from vlaexp.trainer.sharding import FSDP, ShardedBase, layers_to_shard
+from vlaexp.trainer.sharding import DDP, FSDP, ShardedBase, layers_to_shard
 
 OTHER_SHARDED = ("fsdp_", "deepspeed", "model_parallel")
 
@@ -166,8 +166,7 @@ def fit(
 def _strategy(head: Head, settings: Fit) -> str | Strategy:
     if settings.strategy == FSDP:
         return ShardedBase(layers_to_shard(head))
-    # A dead adapter gets no gradient, nor does a layer of a base that the head does not use.
-    return DDPStrategy(find_unused_parameters=True) if settings.strategy == "ddp" else settings.strategy
+    return DDPStrategy(**DDP) if settings.strategy == "ddp" else settings.strategy
 
 
 def train_loader(data: ChunkDataset, settings: Fit, trainer: L.Trainer, seed: int) -> DataLoader[Batch]:

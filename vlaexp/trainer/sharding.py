@@ -1,8 +1,8 @@
 """`trainer.strategy=fsdp`: a base shared out over the ranks, and data parallelism for what trains.
 
 The linear layers of the repeated blocks that rest, nearly all weights of a large model, lie in equal parts on the ranks
-(PyTorch's FSDP2, `fully_shard`; after ZeRO-3, Rajbhandari et al. 2020, arXiv 1910.02054); each is gathered while it runs
-and dropped again. Adapters, head and the rest of the base are whole on every rank, as in DDP, which averages their
+(PyTorch's FSDP2, `fully_shard`; after ZeRO-3, Rajbhandari et al. 2020, arXiv 1910.02054); each is gathered while it
+runs and dropped again. Adapters, head and the rest of the base are whole on every rank, as in DDP, which averages their
 gradients: they are small, and so policy folders, checkpoints and optimizers are those of any other training.
 """
 
@@ -18,6 +18,9 @@ from vlaexp.lora import INSIDE_A_BLOCK, free_standing_layers
 from vlaexp.model.quantize import is_quantized
 
 FSDP = "fsdp"
+# Some adapters get no gradient (`vlaexp.ledger.dead_adapters`). Ranks are not synchronized at the start, which would
+# copy the base: weights and seed make them alike.
+DDP = {"find_unused_parameters": True, "init_sync": False}
 
 
 class ShardedBase(DDPStrategy):
@@ -28,8 +31,7 @@ class ShardedBase(DDPStrategy):
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        # Not synchronized at the start, which would gather the base: the seed alone decides what is random.
-        super().__init__(find_unused_parameters=True, init_sync=False)
+        super().__init__(**DDP)
         self._layers = layers
 
     def model_to_device(self) -> None:
@@ -66,8 +68,8 @@ def layers_to_shard(module: nn.Module) -> list[nn.Linear]:
         )
     if any("lora_magnitude_vector" in name for name, _ in module.named_parameters()):
         raise UserError(
-            f"trainer.strategy={FSDP} with lora.dora=true: DoRA needs the whole weight of a layer beside its output; set "
-            "lora.dora=false, or trainer.strategy=ddp"
+            f"trainer.strategy={FSDP} with lora.dora=true: DoRA reads the whole weight of a layer beside running it; "
+            "set lora.dora=false, or trainer.strategy=ddp"
         )
     layers = [
         layer
@@ -82,3 +84,9 @@ def layers_to_shard(module: nn.Module) -> list[nn.Linear]:
             "freeze more (freeze=backbone or freeze=all, with lora=rN), or set trainer.strategy=ddp"
         )
     return layers
+
+
+def bytes_per_rank(layers: Sequence[nn.Linear], devices: int) -> int:
+    """What the weights of `layers` take on each rank, the largest whole while it runs."""
+    sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
+    return sum(sizes) // devices + max(sizes)
