@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,9 @@ def main() -> int:
 def measure() -> Measured:
     """Every training and every latency; one model on the device at a time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        weights = (lambda base: []) if device == "cuda" else small_checkpoints(folder)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        weights = (lambda base: []) if device == "cuda" else stack.enter_context(small_checkpoints(folder))
         trainings = [row for base in BASES for row in train(base, weights(base), device, folder)]
         latencies = []
         for what, keys in LATENCIES.items():
@@ -231,8 +232,9 @@ def time_of(work: Callable[[], None], count: int, device: torch.device) -> float
     return statistics.median(times)
 
 
-def small_checkpoints(folder: Path) -> Callable[[str], list[str]]:
-    """Overrides by base that name small checkpoints, which the tests write."""
+@contextmanager
+def small_checkpoints(folder: Path) -> Iterator[Callable[[str], list[str]]]:
+    """Overrides by base that name small checkpoints, which the tests write; LeRobot's names mean small sizes inside."""
     sys.path.append(str(ROOT / "tests"))
     import lerobot_checkpoints  # type: ignore[import-not-found]
     import openvla_checkpoint  # type: ignore[import-not-found]
@@ -240,13 +242,12 @@ def small_checkpoints(folder: Path) -> Callable[[str], list[str]]:
 
     made = {"openvla_7b": openvla_checkpoint.write(folder / "openvla_7b"), "rdt_1b": folder / "rdt_1b"}
     rdt_checkpoint.write(made["rdt_1b"])
-    sizes = lerobot_checkpoints.small()
-    sizes.__enter__()  # for the rest of this process
-    vlm = lerobot_checkpoints.write_vlm(folder / "vlm")
-    policies = {"pi0": lerobot_checkpoints.pi0_policy(), "smolvla": lerobot_checkpoints.smolvla_policy(vlm)}
-    made |= {name: lerobot_checkpoints.write(folder / name, policy, 17) for name, policy in policies.items()}
-    more = {"rdt_1b": SMALL_HORIZON}
-    return lambda base: [f"model.weights={made[base]}", *more.get(base, [])]
+    with lerobot_checkpoints.small():
+        vlm = lerobot_checkpoints.write_vlm(folder / "vlm")
+        policies = {"pi0": lerobot_checkpoints.pi0_policy(), "smolvla": lerobot_checkpoints.smolvla_policy(vlm)}
+        made |= {name: lerobot_checkpoints.write(folder / name, policy, 17) for name, policy in policies.items()}
+        more = {"rdt_1b": SMALL_HORIZON}
+        yield lambda base: [f"model.weights={made[base]}", *more.get(base, [])]
 
 
 def page(found: Measured, about: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ gradients: they are small, and so policy folders, checkpoints and optimizers are
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -20,7 +21,7 @@ from vlaexp.model.quantize import is_quantized
 FSDP = "fsdp"
 # Some adapters get no gradient (`vlaexp.ledger.dead_adapters`). Ranks are not synchronized at the start, which would
 # copy the base: weights and seed make them alike.
-DDP = {"find_unused_parameters": True, "init_sync": False}
+DDP: dict[str, Any] = {"find_unused_parameters": True, "init_sync": False}
 
 
 class ShardedBase(DDPStrategy):
