@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks.surroundings import ROOT, surroundings
 from vlaexp.config import compose, resolved
 from vlaexp.head.base import Head
+from vlaexp.head.diffusion import DiffusionHead
 from vlaexp.model import quantize
 from vlaexp.model.rdt import RDT
 from vlaexp.model.rdt_language import embedding_file
@@ -160,6 +162,8 @@ def materialise(head: Head, device: torch.device) -> None:
     for buffer in head.buffers():
         if buffer.is_floating_point():
             buffer.fill_(1)
+    if isinstance(head, DiffusionHead):  # its tables are neither parameters nor buffers
+        head.noise_schedule = DDPMScheduler.from_config(head.noise_schedule.config)
 
 
 def write_language(model: RDT, folder: Path) -> None:
