@@ -170,7 +170,7 @@ def write_language(model: RDT, folder: Path) -> None:
     """Embeddings of made-up instructions."""
     folder.mkdir(exist_ok=True)
     width = model.language.adaptor[0].in_features
-    for text in () if model.language.known() else model.sample_instructions:
+    for text in () if model.language.known() else [*model.sample_instructions, ""]:  # which dropout puts in their place
         embedding = torch.randn(16, width)  # type: ignore[arg-type]
         save_file({"embedding": embedding}, embedding_file(folder, text), metadata={"instruction": text})
 
