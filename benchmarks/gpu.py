@@ -163,7 +163,7 @@ def materialise(head: Head, device: torch.device) -> None:
         if buffer.is_floating_point():
             buffer.fill_(1)
     if isinstance(head, DiffusionHead):  # its tables are neither parameters nor buffers
-        head.noise_schedule = DDPMScheduler.from_config(head.noise_schedule.config)
+        head.noise_schedule = DDPMScheduler.from_config(head.noise_schedule.config)  # type: ignore[assignment]
 
 
 def write_language(model: RDT, folder: Path) -> None:

@@ -27,7 +27,8 @@ def test_shared_are_the_resting_linear_layers_of_the_blocks(tiny: list[str]) -> 
     layers = layers_to_shard(head)
     names = {name for name, layer in head.named_modules() if layer in layers}
     assert "model.language.blocks.0.mlp.fc1.base_layer" in names
-    assert all(".0." in name and not name.startswith("out") and "lora_" not in name for name in names)
+    assert not any("lora_" in name or not name.startswith("model.") for name in names)
+    assert not any(name.startswith(("model.projector.key", "model.language.goal")) for name in names), "in no block"
     assert not any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
 
 

@@ -99,7 +99,7 @@ class Training:
         """Held-out error of the last step and the evaluation of each milestone."""
         run, last, settings = self.parts.run, self.parts.settings.max_steps, self.parts.settings
         held_out = self.held_out
-        if self.done == last:
+        if self.done >= last:
             device = L.Fabric(accelerator=settings.accelerator, devices=1).device
             held_out = _held_out(self.parts, load_policy(self.folders[last]).to(device), self.val)
         if held_out:
