@@ -42,6 +42,7 @@ def test_accumulated_gradients_equal_a_larger_batch(tiny: list[str], tmp_path: P
     for batch_size, accumulation in ((8, 1), (4, 2)):
         parts = build(compose("train", [*tiny, *STILL, *SGD, "head=joint", "lora=none", "freeze=none"]))
         folder = tmp_path / str(batch_size)
+        folder.mkdir()
         steps = run(parts, folder, batch_size=batch_size, accumulate_grad_batches=accumulation)
         assert steps == 2
         ends.append(weights(parts))

@@ -22,8 +22,8 @@ from vlaexp.trainer.journal import read_journal
 from vlaexp.trainer.policy_folder import load_policy
 
 STILL = ["model.state_dropout=0.0", "model.state_noise=0.0", "model.plan_noise=0.0", "augmentation=none"]
-ONE_STEP = ["head=joint", "action_horizon=1", "n_action_steps=1", "lora=r4", "freeze=all"]
-ALL_LINEAR = ["lora.targets=all-linear"]  # the decoder's adapters are dead under one-step heads
+ONE_STEP = ["head=linear", "action_space=joint", "action_horizon=1", "n_action_steps=1", "lora=r4", "freeze=all"]
+ALL_LINEAR = ["lora.targets=all-linear"]  # those of the decoder are dead under a linear readout
 
 
 def command(*keys: str) -> list[str]:
