@@ -150,6 +150,7 @@ def test_held_out_error_names_its_baselines(tiny: list[str]) -> None:
     assert held_out["policy_mse"] > 0
     assert set(held_out["beats"]) == {"mean_action"}
     assert held_out["beats"]["mean_action"] == (held_out["policy_mse"] < held_out["mean_action_mse"])
+    assert train(compose("train", tiny)).held_out == held_out, "of the policy folder, once the training is over"
 
 
 @pytest.mark.parametrize(
