@@ -11,11 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks.surroundings import ROOT, surroundings
 from vlaexp.config import compose, resolved
 from vlaexp.head.base import Head
+from vlaexp.head.diffusion import DiffusionHead
 from vlaexp.model import quantize
 from vlaexp.model.rdt import RDT
 from vlaexp.model.rdt_language import embedding_file
@@ -114,9 +117,9 @@ def main() -> int:
 def measure() -> Measured:
     """Every training and every latency; one model on the device at a time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        weights = (lambda base: []) if device == "cuda" else small_checkpoints(folder)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        weights = (lambda base: []) if device == "cuda" else stack.enter_context(small_checkpoints(folder))
         trainings = [row for base in BASES for row in train(base, weights(base), device, folder)]
         latencies = []
         for what, keys in LATENCIES.items():
@@ -159,13 +162,15 @@ def materialise(head: Head, device: torch.device) -> None:
     for buffer in head.buffers():
         if buffer.is_floating_point():
             buffer.fill_(1)
+    if isinstance(head, DiffusionHead):  # its tables are neither parameters nor buffers
+        head.noise_schedule = DDPMScheduler.from_config(head.noise_schedule.config)  # type: ignore[assignment]
 
 
 def write_language(model: RDT, folder: Path) -> None:
     """Embeddings of made-up instructions."""
     folder.mkdir(exist_ok=True)
     width = model.language.adaptor[0].in_features
-    for text in () if model.language.known() else model.sample_instructions:
+    for text in () if model.language.known() else [*model.sample_instructions, ""]:  # which dropout puts in their place
         embedding = torch.randn(16, width)  # type: ignore[arg-type]
         save_file({"embedding": embedding}, embedding_file(folder, text), metadata={"instruction": text})
 
@@ -231,8 +236,9 @@ def time_of(work: Callable[[], None], count: int, device: torch.device) -> float
     return statistics.median(times)
 
 
-def small_checkpoints(folder: Path) -> Callable[[str], list[str]]:
-    """Overrides by base that name small checkpoints, which the tests write."""
+@contextmanager
+def small_checkpoints(folder: Path) -> Iterator[Callable[[str], list[str]]]:
+    """Overrides by base that name small checkpoints, which the tests write; LeRobot's names mean small sizes inside."""
     sys.path.append(str(ROOT / "tests"))
     import lerobot_checkpoints  # type: ignore[import-not-found]
     import openvla_checkpoint  # type: ignore[import-not-found]
@@ -240,13 +246,12 @@ def small_checkpoints(folder: Path) -> Callable[[str], list[str]]:
 
     made = {"openvla_7b": openvla_checkpoint.write(folder / "openvla_7b"), "rdt_1b": folder / "rdt_1b"}
     rdt_checkpoint.write(made["rdt_1b"])
-    sizes = lerobot_checkpoints.small()
-    sizes.__enter__()  # for the rest of this process
-    vlm = lerobot_checkpoints.write_vlm(folder / "vlm")
-    policies = {"pi0": lerobot_checkpoints.pi0_policy(), "smolvla": lerobot_checkpoints.smolvla_policy(vlm)}
-    made |= {name: lerobot_checkpoints.write(folder / name, policy, 17) for name, policy in policies.items()}
-    more = {"rdt_1b": SMALL_HORIZON}
-    return lambda base: [f"model.weights={made[base]}", *more.get(base, [])]
+    with lerobot_checkpoints.small():
+        vlm = lerobot_checkpoints.write_vlm(folder / "vlm")
+        policies = {"pi0": lerobot_checkpoints.pi0_policy(), "smolvla": lerobot_checkpoints.smolvla_policy(vlm)}
+        made |= {name: lerobot_checkpoints.write(folder / name, policy, 17) for name, policy in policies.items()}
+        more = {"rdt_1b": SMALL_HORIZON}
+        yield lambda base: [f"model.weights={made[base]}", *more.get(base, [])]
 
 
 def page(found: Measured, about: dict[str, Any]) -> str:

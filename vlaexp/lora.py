@@ -150,7 +150,7 @@ def quantize_base(model: BaseModel, lora: Lora, freeze: Freeze, known: Known | N
     targets = set(target_modules(model, lora, freeze))
     resting = [
         name
-        for name, layer in _candidates(model)
+        for name, layer in free_standing_layers(model)
         if isinstance(layer, nn.Linear)
         and INSIDE_A_BLOCK.search(name)
         and (name in targets or not layer.weight.requires_grad)
@@ -241,7 +241,7 @@ def _restore_trainable(model: nn.Module, names: set[str]) -> None:
 def target_modules(model: BaseModel, lora: Lora, freeze: Freeze) -> list[str]:
     """Full names of the linear and convolutional layers that get adapters, in the model's order."""
     resting = (*model.reinitialized, *(f"{model.landmarks[name]}." for name in freeze.trainable))
-    candidates = [name for name, _ in _candidates(model) if not f"{name}.".startswith(resting)]
+    candidates = [name for name, _ in free_standing_layers(model) if not f"{name}.".startswith(resting)]
     if lora.targets == "all-linear":
         wanted = set(candidates)
     else:
@@ -254,7 +254,7 @@ def target_modules(model: BaseModel, lora: Lora, freeze: Freeze) -> list[str]:
     return [name for name in candidates if name in wanted and name not in lora.exclude]
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def free_standing_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear and convolutional layers that run by themselves."""
     for name, layer in model.named_modules():
         # nn.MultiheadAttention reads the weight of such a layer directly

@@ -43,6 +43,7 @@ def test_accumulated_gradients_equal_a_larger_batch(tiny: list[str], tmp_path: P
     for batch_size, accumulation in ((8, 1), (4, 2)):
         parts = build(compose("train", [*tiny, *STILL, *SGD, "head=joint", "lora=none", "freeze=none"]))
         folder = tmp_path / str(batch_size)
+        folder.mkdir()
         steps = run(parts, folder, batch_size=batch_size, accumulate_grad_batches=accumulation)
         assert steps == 2
         ends.append(weights(parts))
@@ -159,6 +160,7 @@ def test_held_out_error_names_its_baselines(tiny: list[str]) -> None:
     assert held_out["policy_mse"] > 0
     assert set(held_out["beats"]) == {"mean_action"}
     assert held_out["beats"]["mean_action"] == (held_out["policy_mse"] < held_out["mean_action_mse"])
+    assert train(compose("train", tiny)).held_out == held_out, "of the policy folder, once the training is over"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,11 @@ def test_held_out_error_names_its_baselines(tiny: list[str]) -> None:
         ({"max_steps": 0}, r"trainer\.max_steps=0; expected at least 1"),
         (
             {"strategy": "fsdp"},
-            r"trainer\.strategy=fsdp shards the weights, .* one rank's part .*trainer\.strategy=ddp",
+            r"trainer\.strategy=fsdp with trainer\.devices=1: .*set trainer\.devices=2 .* trainer\.strategy=auto",
+        ),
+        (
+            {"strategy": "deepspeed"},
+            r"trainer\.strategy=deepspeed shards what trains, .* one rank's part .*trainer\.strategy=fsdp.*=ddp",
         ),
         ({"batch_size": 0}, r"trainer\.batch_size=0; expected at least 1"),
         ({"val_interval": 0}, r"trainer\.val_interval=0; expected at least 1"),

@@ -17,15 +17,20 @@ import pytest
 import rdt_checkpoint
 import torch
 from hydra.utils import get_class
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from vlaexp import cli
 from vlaexp.config import compose
-from vlaexp.data_types import Observation
+from vlaexp.data_types import Batch, Observation
 from vlaexp.dataset.lerobot import LeRobotFolder
 from vlaexp.errors import UserError
 from vlaexp.head.base import Head
+from vlaexp.trainer.dry_run import find_dead_adapters, made_up_batch, training_loss
 from vlaexp.trainer.journal import read_journal
 from vlaexp.trainer.policy_folder import load_policy
+from vlaexp.trainer.sharding import layers_to_shard, shard
 from vlaexp.workflow.packed import train_packed
 from vlaexp.workflow.train import TrainResult, build, train
 
@@ -204,6 +209,53 @@ def test_two_ranks_packed_equal_each_alone(overrides: dict[str, list[str]], outp
             for r in (packed, alone)
         ]
         assert rows[0] == rows[1]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """This process as a group of one."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def loss_gradients_action(head: Head, batch: Batch) -> list[torch.Tensor]:
+    head.forward = lambda: training_loss(head, batch)  # type: ignore[method-assign]  # as Lightning does
+    head().backward()
+    with torch.no_grad():
+        loss, action = training_loss(head, batch), head.eval().predict_action(batch.observation).action
+    gradients = [p.grad for p in head.parameters() if p.requires_grad and p.grad is not None]
+    assert any(gradient.any() for gradient in gradients)
+    return [loss, action, *gradients]
+
+
+WITH_LORA = [point for point in POSSIBLE if point[2] == "LoRA"]
+CHECKPOINTED = ("openvla_7b", "pi0", "smolvla", "rdt_1b")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "gradient_checkpointing"])
+@pytest.mark.parametrize(
+    "point", [pytest.param(p, marks=() if p in PAIRS else pytest.mark.slow, id="-".join(p[:2])) for p in WITH_LORA]
+)
+def test_a_base_that_is_shared_out_computes_the_same(
+    overrides: dict[str, list[str]], alone: DeviceMesh, point: tuple[str, ...], again: bool
+) -> None:
+    """`trainer.strategy=fsdp`: no base reads the weights of the shared layers but by calling them."""
+    keys = keys_of(overrides, *point)
+    if again:
+        if point[0] not in CHECKPOINTED:
+            pytest.skip(f"{point[0]} has no gradient checkpointing")
+        keys.append("model.gradient_checkpointing=true")
+    heads = [build(compose("train", keys)).head for _ in range(2)]
+    batch = made_up_batch(heads[0], 2)
+    layers = layers_to_shard(heads[1])
+    shard(heads[1], layers, alone)
+    assert all(isinstance(layer.weight, DTensor) for layer in layers)
+    plain, shared = (loss_gradients_action(head, batch) for head in heads)
+    assert len(plain) == len(shared)
+    for one, other in zip(plain, shared, strict=True):
+        assert torch.equal(one, other)
+    assert find_dead_adapters(heads[1]) == find_dead_adapters(heads[0])
 
 
 @pytest.mark.parametrize(("base", "head"), [pair for pair in product(BASES, HEADS) if obstacle(*pair)])

@@ -14,6 +14,7 @@ from vlaexp.model.weights import read_safetensors
 from vlaexp.trainer.build import build as build_policy
 from vlaexp.trainer.dry_run import activation_bytes, bytes_of, find_dead_adapters, optimizer_bytes_per_weight_byte
 from vlaexp.trainer.policy_folder import FILES
+from vlaexp.trainer.sharding import layers_to_shard
 from vlaexp.workflow.data import training_frames
 from vlaexp.workflow.memory import GIB
 from vlaexp.workflow.plan import plan
@@ -61,6 +62,19 @@ def test_optimizers_without_moments_need_nothing() -> None:
     sgd, momentum = (lambda groups, m=m: torch.optim.SGD(groups, lr=0.1, momentum=m) for m in (0.0, 0.9))
     assert optimizer_bytes_per_weight_byte(sgd) == 0
     assert optimizer_bytes_per_weight_byte(momentum) == 1
+
+
+def test_a_shared_out_base_takes_a_part_of_each_device(small: list[str]) -> None:
+    keys = [*small, *TINY, "head=joint", "freeze=all", "lora=r4", "lora.targets=all-linear"]
+    alone = planned(*keys)["memory_gib"]
+    shared = planned(*keys, "trainer.devices=4", "trainer.strategy=fsdp")["memory_gib"]
+    layers = layers_to_shard(build(compose("train", keys)).head)
+    sizes = [bytes_of(list(layer.parameters())) for layer in layers]
+    assert shared["weights"] == pytest.approx(alone["weights"] - (0.75 * sum(sizes) - max(sizes)) / GIB)
+    assert {name: shared[name] for name in ("adapters", "gradients", "optimizer", "activations")} == {
+        name: alone[name] for name in ("adapters", "gradients", "optimizer", "activations")
+    }
+    assert shared["total"] == pytest.approx(sum(size for name, size in shared.items() if name != "total"))
 
 
 @pytest.mark.parametrize("head", HEADS)

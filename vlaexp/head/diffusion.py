@@ -67,7 +67,7 @@ class DiffusionHead(PrefixHead):
         self.register_buffer("_slots", torch.tensor(slots), persistent=False)
         weights = torch.ones(self._width).index_copy(0, self._slots, self._dimension_weights)
         self._dimension_weights = weights  # zeros of unused slots count as any other number
-        self._noise_schedule = DDPMScheduler(**SCHEDULE, clip_sample=False)
+        self.noise_schedule = DDPMScheduler(**SCHEDULE, clip_sample=False)
 
     def loss(self, prefix: Prefix, action: Float[Tensor, "B H A"], valid: Float[Tensor, "B H"]) -> Tensor:
         prefix = self.model.repeat(prefix, self._samples) if self._samples > 1 else prefix
@@ -78,7 +78,7 @@ class DiffusionHead(PrefixHead):
         return self.masked_mean((self.denoise(prefix, self.add_noise(x_1, x_0, t), t.float()) - x_1) ** 2, valid)
 
     def add_noise(self, x_1: Float[Tensor, "B H W"], x_0: Float[Tensor, "B H W"], t: Tensor) -> Float[Tensor, "B H W"]:
-        return self._noise_schedule.add_noise(x_1, x_0, t)  # type: ignore[arg-type]
+        return self.noise_schedule.add_noise(x_1, x_0, t)  # type: ignore[arg-type]
 
     def predict(self, prefix: Prefix, noise: Float[Tensor, "B H W"]) -> Float[Tensor, "B H A"]:
         solver = DPMSolverMultistepScheduler(**SCHEDULE)

@@ -103,14 +103,9 @@ class StopWhenAsked(Callback):
 
 
 def milestone_callback(milestones: Sequence[int], act: Callable[[int], None]) -> StepCallback:
-    """Call `act(step)` at each milestone and at the end."""
+    """Call `act(step)` at each milestone and at the end, on every rank."""
     wanted = set(milestones)
-
-    def at(trainer: L.Trainer, step: int) -> None:
-        if trainer.is_global_zero:
-            act(step)
-
-    return StepCallback(lambda step: step in wanted, at)
+    return StepCallback(lambda step: step in wanted, lambda trainer, step: act(step))
 
 
 class JournalStep(Callback):

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.utils.data import DataLoader
 
 from vlaexp import interruption
@@ -29,8 +30,9 @@ from vlaexp.trainer.callbacks import (
 )
 from vlaexp.trainer.lightning_journal import LightningJournal
 from vlaexp.trainer.run_log import RunLog
+from vlaexp.trainer.sharding import DDP, FSDP, ShardedBase, layers_to_shard
 
-SHARDED = ("fsdp", "deepspeed", "model_parallel")
+OTHER_SHARDED = ("fsdp_", "deepspeed", "model_parallel")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Fit:
         max_val_samples: validate on at most so many held-out frames, drawn evenly.
         checkpoint_interval: steps between resume checkpoints.
         log_interval: steps between logged training losses.
-        accumulate_grad_batches, gradient_clip_val, accelerator, devices, precision, strategy: Lightning's.
+        accumulate_grad_batches, gradient_clip_val, accelerator, devices, precision: Lightning's.
+        strategy: `ddp`, each device with the whole base; `fsdp`, with its part of it (`vlaexp.trainer.sharding`);
+            otherwise Lightning's.
         num_workers: loader processes; 0 is fastest for data in memory.
         num_threads: CPU threads of this process; 0 leaves torch's choice.
     """
@@ -72,11 +76,15 @@ class Fit:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"trainer.{name}={value}; expected at least 1, as a whole number")
-        if self.strategy.startswith(SHARDED):
+        if self.strategy.startswith(OTHER_SHARDED):
             raise UserError(
-                f"trainer.strategy={self.strategy} shards the weights, and policy folders would hold one rank's part "
-                "of them; use trainer.strategy=ddp, and lora.quantize=nf4 or model.gradient_checkpointing=true where a "
-                "GPU is too small"
+                f"trainer.strategy={self.strategy} shards what trains, and policy folders would hold one rank's part "
+                f"of it; use trainer.strategy={FSDP}, which shards the base, or trainer.strategy=ddp"
+            )
+        if self.strategy == FSDP and self.devices == 1:
+            raise UserError(
+                f"trainer.strategy={FSDP} with trainer.devices=1: there is nobody to share the base with; set "
+                "trainer.devices=2 (or more), or trainer.strategy=auto"
             )
         late = [step for step in self.milestones if not 0 < step <= self.max_steps]
         if late:
@@ -115,13 +123,14 @@ def fit(
         accelerator=settings.accelerator,
         devices=settings.devices,
         precision=settings.precision,  # type: ignore[arg-type]
-        strategy=settings.strategy,
+        strategy=_strategy(head, settings),
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val,
         val_check_interval=settings.val_interval * settings.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         log_every_n_steps=settings.log_interval,
         num_sanity_val_steps=0,
+        inference_mode=settings.strategy != FSDP,  # whose buffers serve training too
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -153,6 +162,12 @@ def fit(
             weights_only=False,
         )
     return int(trainer.global_step)
+
+
+def _strategy(head: Head, settings: Fit) -> str | Strategy:
+    if settings.strategy == FSDP:
+        return ShardedBase(layers_to_shard(head))
+    return DDPStrategy(**DDP) if settings.strategy == "ddp" else settings.strategy
 
 
 def train_loader(data: ChunkDataset, settings: Fit, trainer: L.Trainer, seed: int) -> DataLoader[Batch]:

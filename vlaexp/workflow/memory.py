@@ -13,6 +13,7 @@ from vlaexp.errors import UserError
 from vlaexp.trainer.build import Built, build
 from vlaexp.trainer.dry_run import activation_bytes, bytes_of, optimizer_bytes_per_weight_byte
 from vlaexp.trainer.fit import Fit
+from vlaexp.trainer.sharding import FSDP, bytes_per_rank, layers_to_shard
 from vlaexp.workflow.rules_of_thumb import Gpu
 
 GIB = 2**30
@@ -29,14 +30,19 @@ def build_for_planning(
 
 
 def memory_gib(built: Built, config: Mapping[str, Any], settings: Fit) -> dict[str, float]:
-    """GiB on the training device, by what they hold: one step of `batch_size` samples without gradient accumulation.
+    """GiB on each training device, by what they hold: one step of `batch_size` samples without gradient accumulation.
 
     Gradients are as large as what trains; the optimizer's state and the activations are measured (`dry_run`).
     """
     named = list(built.head.named_parameters())
+    weights = bytes_of([p for name, p in named if "lora_" not in name]) + bytes_of(list(built.head.buffers()))
+    if settings.strategy == FSDP:
+        shared = layers_to_shard(built.head)
+        whole = bytes_of([parameter for layer in shared for parameter in layer.parameters()])
+        weights += bytes_per_rank(shared, settings.devices) - whole
     trained = bytes_of([parameter for _, parameter in named if parameter.requires_grad])
     parts = {
-        "weights": bytes_of([p for name, p in named if "lora_" not in name]) + bytes_of(list(built.head.buffers())),
+        "weights": weights,
         "adapters": bytes_of([parameter for name, parameter in named if "lora_" in name]),
         "gradients": trained,
         "optimizer": trained * optimizer_bytes_per_weight_byte(instantiate(config["optimizer"])),
@@ -63,7 +69,8 @@ def check_gpu(config: dict[str, Any], settings: Fit, spec: ActionSpec, state_dim
             f"this training needs about {verdict['needed_gib']:.1f} GiB ({parts}, and what CUDA takes), the GPU "
             f"{gpu.name} has {gpu.memory_gib}; use a smaller trainer.batch_size= with "
             "trainer.accumulate_grad_batches=, model.gradient_checkpointing=true, lora.quantize=nf4, adapters in fewer "
-            "layers or another GPU; `vlaexp plan` computes the same without starting"
+            "layers, several GPUs with trainer.strategy=fsdp or another GPU; `vlaexp plan` computes the same without "
+            "starting"
         )
 
 

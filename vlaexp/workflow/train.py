@@ -5,10 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -25,6 +26,7 @@ from vlaexp.head.base import Head
 from vlaexp.interruption import Interrupted
 from vlaexp.trainer.build import head_name, head_origin
 from vlaexp.trainer.callbacks import CHECKPOINT, checkpoint_step
+from vlaexp.trainer.dry_run import autocast
 from vlaexp.trainer.fit import fit, val_loader
 from vlaexp.trainer.policy_folder import load_policy, save_policy
 from vlaexp.trainer.run_log import RunLog
@@ -51,6 +53,7 @@ class Training:
         folders: policy folder of each milestone.
         done: steps that earlier processes did.
         packed: trainings that share this process, this one counted.
+        held_out: error of the last step, once that is done.
     """
 
     cfg: DictConfig
@@ -61,6 +64,7 @@ class Training:
     folders: dict[int, Path]
     done: int
     packed: int
+    held_out: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, *callbacks: Callback) -> None:
         """Train to the last step, leaving policy folders at milestones; nothing where that is done."""
@@ -72,6 +76,8 @@ class Training:
                 runtime = self._runtime(step - self.done, time.perf_counter() - began)
                 record = make_manifest(parts, step, runtime)
                 save_policy(self.folders[step], parts.head, parts.adapter, parts.config, record)
+            if step == settings.max_steps:
+                self.held_out.update(_held_out(parts, parts.head, self.val))
 
         if self.done < settings.max_steps:
             run = parts.run
@@ -91,9 +97,11 @@ class Training:
 
     def conclude(self) -> TrainResult:
         """Held-out error of the last step and the evaluation of each milestone."""
-        run, last = self.parts.run, self.parts.settings.max_steps
-        head = self.parts.head if self.done < last else load_policy(self.folders[last])
-        held_out = _held_out(self.parts, head, self.val)
+        run, last, settings = self.parts.run, self.parts.settings.max_steps, self.parts.settings
+        held_out = self.held_out
+        if self.done >= last:
+            device = L.Fabric(accelerator=settings.accelerator, devices=1).device
+            held_out = _held_out(self.parts, load_policy(self.folders[last]).to(device), self.val)
         if held_out:
             (run / "held_out.json").write_text(json.dumps(held_out, indent=1) + "\n")
             errors = {f"held_out/{name}": value for name, value in held_out.items() if name.endswith("_mse")}
@@ -169,7 +177,13 @@ def opened(cfg: DictConfig, parts: Parts, packed: int = 1) -> Iterator[Training]
 def _follow(cfg: DictConfig, parts: Parts) -> None:
     """The part of a data-parallel rank beside the first: it trains, and leaves folders, logs and evaluation alone."""
     data, val = _chunks(cfg, parts)
-    fit(parts.head, data, val, parts.settings, parts.run, None, lambda step: None, parts.run.name)
+
+    def milestone(step: int) -> None:
+        _ = parts.dead_adapters  # passes through a base that may be shared out take every rank
+        if step == parts.settings.max_steps:
+            _held_out(parts, parts.head, val)
+
+    fit(parts.head, data, val, parts.settings, parts.run, None, milestone, parts.run.name)
 
 
 def _chunks(cfg: DictConfig, parts: Parts) -> tuple[ChunkDataset, ChunkDataset | None]:
@@ -184,11 +198,13 @@ def _chunks(cfg: DictConfig, parts: Parts) -> tuple[ChunkDataset, ChunkDataset |
 
 
 def _held_out(parts: Parts, head: Head, val: ChunkDataset | None) -> dict[str, Any]:
+    """Error of `head` on the held-out data, where it lies and in the precision of the training."""
     loader = val_loader(val, parts.settings)
     if loader is None:
         return {}
     mean = parts.demos.statistics().quantities["action"].mean  # the head's may be of the weights
-    return held_out_error(head.eval().cpu(), loader, mean)
+    with autocast(head.device, parts.settings.precision):
+        return held_out_error(head.eval(), loader, mean)
 
 
 def _announce(parts: Parts, data: ChunkDataset, val: ChunkDataset | None, done: int) -> None:
