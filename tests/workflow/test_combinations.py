@@ -182,7 +182,9 @@ with lerobot_checkpoints.small():
 """
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "base", [base if base == "tiny" else pytest.param(base, marks=pytest.mark.slow) for base in BASES]
+)
 def test_acts_the_same_in_a_fresh_process(overrides: dict[str, list[str]], outputs: Path, base: str) -> None:
     point = next(point for point in PAIRS if point[0] == base and point[2] == "LoRA")
     folder, action = train_save_load_act(keys_of(overrides, *point), outputs)
