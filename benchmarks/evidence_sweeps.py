@@ -27,7 +27,7 @@ AXES = {
 def thousand_points() -> Iterator[Found]:
     with tempfile.TemporaryDirectory() as folder:
         grid = ",".join(f"{key}:[{','.join(map(str, values))}]" for key, values in AXES.items())
-        arm = f"+arms.a={{overrides:[dataset=tabletop_pick,trainer=cpu],grid:{{{grid}}}}}"
+        arm = f'+arms.a={{overrides:["dataset=tabletop_pick","trainer=cpu"],grid:{{{grid}}}}}'
         dry, text = _median(["sweep", "submit", "name=big", arm, f"outputs={folder}", "dry_run=true", "format=json"])
         assert json.loads(text)["points"] == 1000
         yield Found("dry submission of 1,000 points, median seconds", dry, "<= 10", 3)

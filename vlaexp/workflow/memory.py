@@ -40,15 +40,20 @@ def memory_gib(built: Built, config: Mapping[str, Any], settings: Fit) -> dict[s
         shared = layers_to_shard(built.head)
         whole = bytes_of([parameter for layer in shared for parameter in layer.parameters()])
         weights += bytes_per_rank(shared, settings.devices) - whole
-    trained = bytes_of([parameter for _, parameter in named if parameter.requires_grad])
-    parts = {
-        "weights": weights,
-        "adapters": bytes_of([parameter for name, parameter in named if "lora_" in name]),
+    activations = activation_bytes(built.head, settings.batch_size, settings.precision)
+    parts = {"weights": weights / GIB, **trained_gib(built, config), "activations": activations / GIB}
+    return parts | {"total": sum(parts.values())}
+
+
+def trained_gib(built: Built, config: Mapping[str, Any]) -> dict[str, float]:
+    """GiB of adapters, of gradients, which are as large as what trains, and of the optimizer's state."""
+    named = list(built.head.named_parameters())
+    trained = bytes_of([parameter for _, parameter in named if parameter.requires_grad]) / GIB
+    return {
+        "adapters": bytes_of([parameter for name, parameter in named if "lora_" in name]) / GIB,
         "gradients": trained,
         "optimizer": trained * optimizer_bytes_per_weight_byte(instantiate(config["optimizer"])),
-        "activations": activation_bytes(built.head, settings.batch_size, settings.precision),
     }
-    return {name: size / GIB for name, size in (parts | {"total": sum(parts.values())}).items()}
 
 
 def check_gpu(config: dict[str, Any], settings: Fit, spec: ActionSpec, state_dim: int, statistics: NormStats) -> None:

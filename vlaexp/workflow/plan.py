@@ -26,7 +26,7 @@ from vlaexp.trainer.dry_run import bytes_of, find_dead_adapters
 from vlaexp.trainer.fit import Fit
 from vlaexp.workflow.data import assign_cameras, load_demonstrations
 from vlaexp.workflow.measured import measured_steps, work_key
-from vlaexp.workflow.memory import GIB, build_for_planning, memory_gib
+from vlaexp.workflow.memory import GIB, build_for_planning, memory_gib, trained_gib
 from vlaexp.workflow.rules_of_thumb import Gpu, find_gpu, usual_demonstrations
 
 
@@ -124,7 +124,7 @@ def disk_gib(cfg: DictConfig) -> dict[str, float]:
     settings: Fit = instantiate(cfg.trainer)
     config, shapes = resolved(cfg), find_shapes(cfg)
     built, _ = build_for_planning(config, shapes.spec, shapes.state_dim, shapes.statistics)
-    return _disk(built, settings, memory_gib(built, config, settings))
+    return _disk(built, settings, trained_gib(built, config))
 
 
 def _disk(built: Built, settings: Fit, memory: Mapping[str, float]) -> dict[str, float]:
