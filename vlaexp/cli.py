@@ -110,8 +110,12 @@ def _run(verb: str, overrides: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--config-dir", "-cd")
-    if folder := flags.parse_known_args(overrides)[0].config_dir:
-        os.environ["VLAEXP_CONFIG_DIR"] = folder  # for what composes further configurations (vlaexp/config.py)
+    known, rest = flags.parse_known_args(overrides)
+    if known.config_dir:
+        os.environ["VLAEXP_CONFIG_DIR"] = (
+            known.config_dir
+        )  # for what composes further configurations (vlaexp/config.py)
+        overrides = [f"--config-dir={known.config_dir}", *rest]
     multirun = bool({"-m", "--multirun"} & set(overrides))
     failures: list[Exception] = []
     try:
@@ -141,7 +145,7 @@ def _work(verb: str, failures: list[Exception] | None, cfg: "DictConfig") -> Non
         if failures is not None:
             failures.append(error)
             return
-        if "SLURM_JOB_ID" in os.environ:
+        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             atexit.register(os._exit, 1)  # Hydra's launcher carries the error to the parent and tells SLURM all is well
         raise
 

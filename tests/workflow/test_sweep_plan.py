@@ -1,6 +1,7 @@
 """What a sweep would cost, said before anything is started; and what a wrong study gets."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,24 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_is_never_a_real_one(tmp_path, capsys):
+    line = ["experiment=rank_steps", f"outputs={tmp_path}", "dry_run=true"]
+    assert cli.main(["sweep", *line]) == 0
+    assert "90 points in 18 jobs" in capsys.readouterr().err
+    for action in ("resume", "cancel", "collect", "status"):
+        assert cli.main(["sweep", action, *line]) == 1
+        assert f"dry_run=true with vlaexp sweep {action}: only submit and run plan first" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_launchers_that_a_sweep_cannot_use(tmp_path, capsys):
+    line = ["sweep", "submit", "experiment=rank_steps", f"outputs={tmp_path}", "dry_run=true"]
+    assert cli.main([*line, "hydra/launcher=basic"]) == 1
+    assert (
+        "cannot use Hydra's BasicLauncher; set hydra/launcher=local or hydra/launcher=slurm" in capsys.readouterr().err
+    )
+
+
 def test_an_unknown_action(capsys):
     assert cli.main(["sweep", "sumbit", "experiment=rank_steps"]) == 2
     assert "unknown action 'sumbit'; available: " in capsys.readouterr().err
@@ -93,6 +112,25 @@ def test_a_parent_without_torch(tmp_path):
         "from vlaexp.sweep import local, slurm, status\nassert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.slow
+def test_a_multirun_in_processes_of_this_machine(small, outputs, tmp_path):
+    """Through Hydra's joblib launcher; the wrong points do not stop the others."""
+    (tmp_path / "mine" / "lora").mkdir(parents=True)
+    (tmp_path / "mine" / "lora" / "r2.yaml").write_text("defaults: [none, _self_]\nrank: 2\n")
+    keys = [text for text in small if not text.startswith(("trainer.max_steps", "trainer.batch_size"))]
+    line = ["-m", "--config-dir", str(tmp_path / "mine"), "lora=r2,r4", "trainer.max_steps=2,4", *keys]
+    line += ["trainer.batch_size=0,8", "hydra/launcher=local", "hydra.launcher.n_jobs=2"]
+    code = f"import sys\nfrom vlaexp.cli import main\nsys.exit(main(['train', *{line!r}]))\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "trainer.batch_size=0; expected at least 1" in done.stderr
+    runs = sorted((outputs / "runs").iterdir())
+    assert [run.name.split("-")[0] for run in runs] == [f"tiny_ee_delta_{rank}_tabletop_pick" for rank in ("r2", "r4")]
+    for run in runs:
+        assert [folder.name for folder in sorted((run / "milestones").iterdir())] == ["step_000002", "step_000004"]
 
 
 MULTIRUN = ["-m", "lora=r4,r8", "dataset=tabletop_pick"]

@@ -115,7 +115,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and submit the sweep again") from error
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and submit the sweep again: what is done is kept"
+        ) from error
 
 
 def write_json(path: Path, data: Mapping[str, Any] | Sequence[Any]) -> None:

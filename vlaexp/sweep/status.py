@@ -1,6 +1,5 @@
 """How far a sweep is: one row per point, from the files first, then from squeue, then from sacct where there is one."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlaexp.sweep import slurm
-from vlaexp.sweep.folder import SweepFolder, alive, is_finished
+from vlaexp.sweep.folder import SweepFolder, alive, is_finished, read_json
 from vlaexp.sweep.jobs import Job, Task
 
 ENDED = ("finished", "failed", "interrupted")
@@ -139,7 +138,7 @@ def _rows(job: Job, statuses: Mapping[str, JobStatus], jobs: Sequence[Job]) -> I
 
 def _progress(run: Path | None) -> dict[str, Any]:
     path = None if run is None else run / "progress.json"
-    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+    return read_json(path) if path is not None and path.exists() else {}
 
 
 def _eta(status: JobStatus, progress: Mapping[str, Any], wanted: int | None) -> float | None:
@@ -153,7 +152,7 @@ def _success(status: JobStatus, task: Task, milestone: Path | None) -> dict[str,
     evidence = [milestone / "eval"] if milestone is not None else []
     evidence += [Path(path) for path in status.known.get("evidence", {}).get(task.name, [])] if not evidence else []
     files = [file for folder in evidence for file in sorted(folder.glob("*/summary.json"))]
-    return {file.parent.name: json.loads(file.read_text())["success_rate"] for file in files}
+    return {file.parent.name: read_json(file)["success_rate"] for file in files}
 
 
 def status_table(rows: Sequence[Mapping[str, Any]], silent: str) -> str:

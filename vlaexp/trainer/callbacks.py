@@ -74,7 +74,7 @@ def write_checkpoint(trainer: L.Trainer, step: int, folder: Path) -> None:
         partial.unlink(missing_ok=True)
         kept = checkpoint_step(folder / CHECKPOINT)
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {folder} ({str(error).splitlines()[0]}; "
+            f"the checkpoint of step {step} could not be written to {folder} ({_first_line(error)}; "
             f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free); the one of step {kept} is still good: make room and "
             "run the same command again"
         ) from error
@@ -176,6 +176,10 @@ def checkpoint_step(path: Path) -> int:
         return int(torch.load(path, map_location="cpu", weights_only=False, mmap=True)["global_step"])
     except (RuntimeError, OSError, EOFError, KeyError, UnpicklingError) as error:
         raise UserError(
-            f"the checkpoint {path} is damaged ({str(error).splitlines()[0]}); put a good copy back, or delete it "
+            f"the checkpoint {path} is damaged ({_first_line(error)}); put a good copy back, or delete it "
             "to train this run from its first step (its policy folders stay)"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

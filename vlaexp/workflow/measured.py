@@ -36,9 +36,10 @@ def measured_steps(outputs: Path, device: str | None = None) -> dict[str, Measur
     found: dict[str, MeasuredStep] = {}
     paths = outputs.glob(f"runs/*/milestones/*/{manifest.MANIFEST_FILE}")
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
-        record = json.loads(path.read_text())
+        record = manifest.read(path.parent)
         runtime = record["runtime"]
-        if runtime.get("steps") and (device is None or device in record["device"]):
+        alone = runtime.get("packed", 1) == 1  # the time of a pack is that of all its trainings
+        if alone and runtime.get("steps") and (device is None or device in record["device"]):
             checkpoint = path.parents[2] / "checkpoint.ckpt"
             found[work_key(record["config"])] = MeasuredStep(
                 runtime["seconds"] / runtime["steps"],

@@ -53,11 +53,9 @@ def merged(arguments: Sequence[str]) -> list[str]:
             "some of these points are milestones of one training and some, whose schedule depends on the total number "
             f"of steps, are not; a multirun cannot mix them, a sweep does: {submit_line(plain, grid)}"
         )
-    steps = [
-        text for text in merge_steps(points, lambda _: False)[0].overrides if text.split("=")[0] in (STEPS, MILESTONES)
-    ]
-    others = [text for text in arguments if text.split("=")[0] not in (STEPS, MILESTONES)]
-    return [*others, *steps]
+    task = merge_steps(points, lambda _: False)[0]
+    steps = [text for text in task.overrides if _key(text) in (STEPS, MILESTONES)]
+    return [*(text for text in arguments if _key(text) not in (STEPS, MILESTONES)), *steps]
 
 
 def submit_line(plain: Sequence[str], grid: dict[str, list[str]]) -> str:

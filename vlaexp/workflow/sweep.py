@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from vlaexp.config import compose, resolved
 from vlaexp.errors import UserError, nearest
 from vlaexp.sweep import local, slurm
-from vlaexp.sweep.folder import SweepFolder, alive
+from vlaexp.sweep.folder import SweepFolder, alive, this_process
 from vlaexp.sweep.jobs import Job
 from vlaexp.sweep.status import job_statuses, point_rows, status_table
 from vlaexp.workflow.node import work
@@ -67,10 +68,11 @@ def submit(cfg: DictConfig, foreground: bool = False) -> tuple[SweepFolder, Swee
     plan = plan_sweep(cfg)
     print(plan_text(plan), file=sys.stderr, flush=True)
     folder = sweep_folder(cfg)
+    settings = resolved(cfg.launcher)
+    kind = _kind(settings)
     if cfg.dry_run:
         return folder, plan
-    settings = resolved(cfg.launcher)
-    if _kind(settings) == "slurm":
+    if kind == "slurm":
         slurm.require()
     for overrides in cfg.record:
         _record(cfg, list(overrides))
@@ -100,11 +102,25 @@ def resume(cfg: DictConfig) -> int:
 
 
 def start_missing(folder: SweepFolder, settings: Mapping[str, Any], foreground: bool) -> int:
-    """Give every job that is neither done nor under way to the launcher.
+    """Give every job that is neither done nor under way to the launcher; returns how many.
 
     Raises:
         UserError: where SLURM does not say what is still under way.
     """
+    with FileLock(folder.path / ".lock"):  # two who start the missing jobs at once would start them twice
+        here = foreground and _kind(settings) == "local"
+        keys = _start(folder, settings, here)
+    if here and keys:
+        try:
+            local.run_here(folder.path, work, keys, int(settings["n_jobs"]))
+        finally:
+            plan = folder.read_plan()
+            folder.write_plan(plan | {"submissions": [s for s in plan["submissions"] if not s.get("foreground")]})
+    return len(keys)
+
+
+def _start(folder: SweepFolder, settings: Mapping[str, Any], here: bool) -> list[str]:
+    """Submit the missing jobs and return their keys; those to be run `here` are only noted, as work of this process."""
     plan = folder.read_plan()
     statuses, _ = job_statuses(folder, plan)
     unknown = [status for status in statuses.values() if status.active is None]
@@ -117,19 +133,19 @@ def start_missing(folder: SweepFolder, settings: Mapping[str, Any], foreground: 
     waiting = sum(bool(status.active) for status in statuses.values())
     done = len(statuses) - len(jobs) - waiting
     print(f"{done} jobs done, {waiting} under way, {len(jobs)} to start", file=sys.stderr)
+    keys = [job.key for job in jobs]
     if not jobs:
-        return 0
+        return keys
     if _kind(settings) == "slurm":
         _submit_to_slurm(folder, jobs, settings, plan["name"])
-        return len(jobs)
-    keys, processes = [job.key for job in jobs], int(settings.get("n_jobs", -1))
-    if foreground:
-        local.run_here(folder.path, work, keys, processes)
-    else:
-        runner = local.start_detached(folder.path, work, keys, processes)
-        _note_submission(folder, {"kind": "local", "runner": runner, "jobs": dict.fromkeys(keys, str(runner["pid"]))})
+        return keys
+    runner = this_process()
+    if not here:
+        runner = local.start_detached(folder.path, work, keys, int(settings["n_jobs"]))
         print(f"process {runner['pid']} runs them; it writes to {folder.path / 'local.log'}", file=sys.stderr)
-    return len(jobs)
+    names = dict.fromkeys(keys, str(runner["pid"]))
+    _note_submission(folder, {"kind": "local", "runner": runner, "foreground": here, "jobs": names})
+    return keys
 
 
 def _submit_to_slurm(folder: SweepFolder, jobs: Sequence[Job], settings: Mapping[str, Any], name: str) -> None:
@@ -194,7 +210,7 @@ def cancel(cfg: DictConfig) -> int:
         slurm.cancel(ids)
     for submission in plan["submissions"]:
         if submission["kind"] == "local" and alive(submission["runner"]):
-            os.killpg(submission["runner"]["pid"], signal.SIGTERM)  # the runner leads a session of its own
+            os.kill(submission["runner"]["pid"], signal.SIGTERM)  # its workers save themselves when it is gone
     return len(active)
 
 
@@ -244,7 +260,16 @@ def sweep_folder(cfg: DictConfig) -> SweepFolder:
 
 
 def _kind(settings: Mapping[str, Any]) -> str:
-    return "slurm" if "slurm" in str(settings.get("_target_", "")).lower() else "local"
+    """`slurm` or `local`.
+
+    Raises:
+        UserError: for another launcher of Hydra.
+    """
+    target = str(settings.get("_target_")).rpartition(".")[2]
+    kinds = {"SlurmLauncher": "slurm", "JoblibLauncher": "local"}
+    if target not in kinds:
+        raise UserError(f"a sweep cannot use Hydra's {target}; set hydra/launcher=local or hydra/launcher=slurm")
+    return kinds[target]
 
 
 def _wait(folder: SweepFolder) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from vlaexp import interruption
-from vlaexp.errors import UserError, nearest
+from vlaexp.errors import UserError
 
 if TYPE_CHECKING:
     from vlaexp.workflow.sweep import StudyResult
@@ -105,7 +105,10 @@ def _sweep(cfg: DictConfig) -> None:
     def show(rows: list[dict[str, Any]], silent: str) -> None:
         _end(cfg, {"points": rows, "slurm_silent": silent}, status_table(rows, silent), [])
 
-    match cfg.action:
+    action = "submit" if cfg.action == "run" and cfg.dry_run else cfg.action
+    if cfg.dry_run and action != "submit":
+        raise UserError(f"dry_run=true with vlaexp sweep {action}: only submit and run plan first; leave dry_run out")
+    match action:
         case "submit":
             folder, plan = sweep.submit(cfg)
             _end(cfg, plan.cost, "", [] if cfg.dry_run else [folder.path])
@@ -116,10 +119,9 @@ def _sweep(cfg: DictConfig) -> None:
         case "cancel":
             print(f"{sweep.cancel(cfg)} jobs cancelled; vlaexp sweep resume goes on from their last checkpoints")
         case "collect" | "run":
-            _published(cfg, sweep.collect(cfg) if cfg.action == "collect" else sweep.run(cfg))
+            _published(cfg, sweep.collect(cfg) if action == "collect" else sweep.run(cfg))
         case other:
-            actions = ("submit", "status", "resume", "cancel", "collect", "run")
-            raise UserError(f"action={other}; {nearest(str(other), actions)}")
+            raise UserError(f"a sweep has no action={other}; vlaexp sweep --help names them")
 
 
 def _published(cfg: DictConfig, result: "StudyResult") -> None:
