@@ -53,24 +53,36 @@ def base_success(head: str, episodes: int) -> Iterator[Found]:
 
 @measures(long=True)
 def study_action_representations() -> Iterator[Found]:
-    """The study of `make demo`, from nothing, and what its comparison says."""
-    shutil.rmtree(OUTPUTS / "study", ignore_errors=True)
-    began = time.monotonic()
-    subprocess.run(
-        [VLAEXP, "sweep", "experiment=action_representations", f"outputs={OUTPUTS / 'study'}"], check=True, cwd=ROOT
-    )
-    yield Found("make demo in seconds, set-up excluded", time.monotonic() - began, "<= 900", 1)
-    yield from judge(OUTPUTS / "study" / "action_representations" / "comparison.json")
+    """The study of `make demo`, and what its comparison says."""
+    comparison, seconds = run_study("action_representations")
+    yield Found("make demo in seconds, set-up excluded", seconds, "<= 900", 1)
+    yield from judge(comparison)
 
 
 @measures(long=True)
 def study_base_models() -> Iterator[Found]:
-    """Each base in small, and LeRobot's policies, from nothing."""
-    shutil.rmtree(OUTPUTS / "base_models", ignore_errors=True)
-    subprocess.run(
-        [VLAEXP, "sweep", "experiment=base_models", f"outputs={OUTPUTS / 'base_models'}"], check=True, cwd=ROOT
-    )
-    yield from judge_base_models(OUTPUTS / "base_models" / "base_models" / "comparison.json")
+    """Each base in small, and LeRobot's policies."""
+    comparison, _ = run_study("base_models")
+    yield from judge_base_models(comparison)
+
+
+@measures(long=True)
+def study_rank_steps() -> Iterator[Found]:
+    """Ranks and full fine-tuning at five step counts with three seeds."""
+    comparison, seconds = run_study("rank_steps")
+    yield Found("the study rank_steps in hours, evaluations included", seconds / 3600, "<= 2", 1)
+    rows = json.loads(comparison.read_text())["rows"]
+    cells = {(row["lora"], row["freeze"], row["steps"], row["split"]) for row in rows}
+    yield Found("cells of the study rank_steps: adaptation x steps x split", len(cells), ">= 60", len(rows))
+
+
+def run_study(name: str) -> tuple[Path, float]:
+    """Run a study from nothing; its comparison, and the seconds that all of it took."""
+    outputs = OUTPUTS / name
+    shutil.rmtree(outputs, ignore_errors=True)
+    began = time.monotonic()
+    subprocess.run([VLAEXP, "sweep", f"experiment={name}", f"outputs={outputs}"], check=True, cwd=ROOT)
+    return outputs / name / "comparison.json", time.monotonic() - began
 
 
 @measures(long=True)

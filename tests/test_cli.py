@@ -78,6 +78,7 @@ def test_an_unknown_choice_answers_with_the_available_ones(capsys):
     [
         ("train", "trainer.max_stps=3", ["no key 'trainer.max_stps' under 'trainer'", "nearest: max_steps"]),
         ("train", "sed=3", ["no key or group 'sed'", "nearest: seed"]),
+        ("train", "eval=null", ["eval=null does not choose a file of its group; expected a name, as eval=none"]),
         ("train", "haed=flow", ["no key or group 'haed'", "nearest: head"]),
         ("train", "haed.norm=l1", ["no key or group 'haed'", "nearest: head"]),
         ("train", "model.depth.deep=3", ["no key 'model.depth.deep' under 'model.depth'"]),

@@ -112,9 +112,7 @@ def _run(verb: str, overrides: list[str]) -> int:
     flags.add_argument("--config-dir", "-cd")
     known, rest = flags.parse_known_args(overrides)
     if known.config_dir:
-        os.environ["VLAEXP_CONFIG_DIR"] = (
-            known.config_dir
-        )  # for what composes further configurations (vlaexp/config.py)
+        os.environ["VLAEXP_CONFIG_DIR"] = known.config_dir  # for further configurations (vlaexp/config.py)
         overrides = [f"--config-dir={known.config_dir}", *rest]
     multirun = bool({"-m", "--multirun"} & set(overrides))
     failures: list[Exception] = []
@@ -162,12 +160,11 @@ def _text(failure: Exception, otherwise: Callable[[Exception], str] | None = Non
 
 
 def _explained(verb: str, overrides: list[str], error: Exception) -> str:
-    from hydra.errors import HydraException, InstantiationException
-    from omegaconf.errors import OmegaConfBaseException
+    from hydra.errors import InstantiationException
 
-    from vlaexp.config_errors import explain
+    from vlaexp.config_errors import explain, is_of_composing
 
-    if isinstance(error, InstantiationException) or not isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, InstantiationException) or not is_of_composing(error):
         raise error
     return explain(verb, overrides, error)
 

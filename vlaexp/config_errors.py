@@ -11,6 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlaexp.config import compose
 from vlaexp.errors import UserError, nearest
+from vlaexp.paths import config_dir
+
+NO_CHOICE = "Config group override must be"  # what Hydra's ValueError for `eval=null` begins with
 
 
 @contextmanager
@@ -18,14 +21,25 @@ def explained(verb: str, overrides: Sequence[str]) -> Iterator[None]:
     """Inside, what goes wrong in composing a verb's configuration becomes a `UserError`."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        if not is_of_composing(error):
+            raise
         where = f"vlaexp {verb} {' '.join(overrides)}"
         raise UserError(f"{explain(verb, overrides, error)} (in the point {where})") from error
+
+
+def is_of_composing(error: Exception) -> bool:
+    """Whether `explain` has words for it."""
+    return isinstance(error, HydraException | OmegaConfBaseException) or str(error).startswith(NO_CHOICE)
 
 
 def explain(verb: str, overrides: Sequence[str], error: Exception) -> str:
     """Hydra's complaint, with the available names and the nearest one."""
     text = str(error)
+    if text.startswith(NO_CHOICE):
+        groups = [item for item in overrides if (config_dir() / item.split("=")[0]).is_dir()]
+        wrong = [item for item in groups if not item.split("=")[1].isidentifier() or item.endswith("=null")]
+        return f"{', '.join(wrong)} does not choose a file of its group; expected a name, as eval=none"
     if found := re.search(r"Could not find '([^']+)'", text):
         group, _, choice = found.group(1).rpartition("/")
         options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)

@@ -1,6 +1,10 @@
 """A study in small: from one file of arms to a comparison, a report and a tree of tracked runs."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,3 +113,29 @@ def test_again_repeats_nothing_and_retries_what_failed(done, outputs, conf, capf
 def test_refusals(outputs):
     with pytest.raises(UserError, match=r"this study has no arms; choose one with experiment="):
         sweep.submit(compose("sweep", [f"outputs={outputs}"]))
+
+
+def test_a_sweep_in_another_terminal_is_seen_and_cancelled(done, outputs, conf, capfd):
+    line = [f"--config-dir={conf}", "experiment=mini", "name=seen", f"outputs={outputs}"]
+    line += ["~arms.baseline", 'everywhere=["trainer.max_steps=100000"]', "hydra.launcher.n_jobs=2"]
+    command = [sys.executable, "-c", f"import sys\nfrom vlaexp.cli import main\nsys.exit(main(['sweep', *{line!r}]))"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def states() -> list[str]:
+        capfd.readouterr()
+        assert cli.main(["sweep", "status", *line, "format=json"]) == 0
+        return [point["state"] for point in json.loads(capfd.readouterr().out)["points"]]
+
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as terminal:
+        end = time.monotonic() + 300
+        while not (outputs / "seen" / "sweep.json").exists() or "running" not in states():
+            assert terminal.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.5)
+        assert cli.main(["sweep", "cancel", *line]) == 0
+        assert "jobs cancelled; vlaexp sweep resume goes on" in capfd.readouterr().out
+        assert terminal.wait(60) != 0
+    while "running" in states():
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    assert "interrupted" in states()

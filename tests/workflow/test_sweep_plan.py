@@ -11,8 +11,9 @@ import pytest
 from vlaexp import cli
 from vlaexp.config import compose
 from vlaexp.errors import UserError
+from vlaexp.sweep.grid import expand
 from vlaexp.workflow.multirun import merged
-from vlaexp.workflow.sweep_plan import plan_sweep, plan_text
+from vlaexp.workflow.sweep_plan import Looks, plan_sweep, plan_text
 from vlaexp.workflow.train import train
 
 
@@ -49,6 +50,26 @@ def test_a_schedule_that_depends_on_the_total_is_said(tmp_path):
     assert "2 points have a schedule that depends on the total number of steps: they are trained apart" in plan_text(
         plan
     )
+
+
+@pytest.mark.parametrize(("axis", "values"), [("seed", [0, 7]), ("trainer.max_steps", [20, 5]), ("lora", ["r4", "r8"])])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_look_is_that_of_the_composed_point(axis, values, schedule):
+    points = expand({"a": {"overrides": ["dataset=tabletop_pick", f"schedule={schedule}"], "grid": {axis: values}}})
+    looks = Looks(points, [])
+    for point in points:
+        alone, found = Looks([point], []).of(point), looks.of(point)
+        assert (found.work, found.depends_on_total) == (alone.work, alone.depends_on_total)
+
+
+def test_disk_counts_milestones_that_are_no_points(tmp_path):
+    disk = [
+        plan_sweep(study(tmp_path, {"lora": ["r4"]}, ["trainer.max_steps=50", f"trainer.milestones={kept}"]))
+        for kept in ([], [10], [10, 20, 50])
+    ]
+    first, second, third = (plan.cost["disk_gb"] for plan in disk)
+    assert third - first == pytest.approx(2 * (second - first))
+    assert second > first
 
 
 def test_packing_makes_one_job_of_the_ranks(tmp_path):
