@@ -143,3 +143,17 @@ def write_language(folder: Path, instructions: Mapping[str, np.ndarray] | None =
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"embedding": embedding}, path, metadata={"instruction": instruction})
     return folder
+
+
+def arguments(weights: Path, language: Path) -> dict[str, Any]:
+    """Of an `RDT` for these files."""
+    return {
+        "cameras": ["front", "wrist"],
+        "state_dim": 8,
+        "action_dim": 8,
+        "action_horizon": HORIZON,
+        "state_slots": SLOTS,
+        "weights": str(weights),
+        "language_embeddings": str(language),
+        "normalize": False,
+    }

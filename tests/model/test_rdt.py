@@ -49,16 +49,7 @@ def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(rdt_weights: Path, embeddings: Path) -> Make:
-    given = {
-        "cameras": ["front", "wrist"],
-        "state_dim": 8,
-        "action_dim": 8,
-        "action_horizon": published.HORIZON,
-        "state_slots": published.SLOTS,
-        "weights": str(rdt_weights),
-        "language_embeddings": str(embeddings),
-        "normalize": False,
-    }
+    given = published.arguments(rdt_weights, embeddings)
     return lambda **other: RDT(**(given | other)).eval()
 
 

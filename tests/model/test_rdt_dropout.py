@@ -20,16 +20,7 @@ Make = Callable[..., RDT]
 
 @pytest.fixture
 def make(rdt_weights: Path, tmp_path: Path) -> Make:
-    given = {
-        "cameras": ["front", "wrist"],
-        "state_dim": 8,
-        "action_dim": 8,
-        "action_horizon": published.HORIZON,
-        "state_slots": published.SLOTS,
-        "weights": str(rdt_weights),
-        "language_embeddings": str(published.write_language(tmp_path / "language")),
-        "normalize": False,
-    }
+    given = published.arguments(rdt_weights, published.write_language(tmp_path / "language"))
     return lambda **other: RDT(**(given | other))
 
 
