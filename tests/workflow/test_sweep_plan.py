@@ -11,7 +11,10 @@ import pytest
 from vlaexp import cli
 from vlaexp.config import compose
 from vlaexp.errors import UserError
+from vlaexp.sweep.folder import SweepFolder, this_process
 from vlaexp.sweep.grid import expand
+from vlaexp.sweep.jobs import merge_steps, pack
+from vlaexp.workflow import sweep
 from vlaexp.workflow.multirun import merged
 from vlaexp.workflow.sweep_plan import Looks, plan_sweep, plan_text
 from vlaexp.workflow.train import train
@@ -110,6 +113,17 @@ def test_a_dry_run_is_never_a_real_one(tmp_path, capsys):
         assert cli.main(["sweep", action, *line]) == 1
         assert f"dry_run=true with vlaexp sweep {action}: only submit and run plan first" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_grid_does_not_lose_sight_of_what_runs(tmp_path):
+    folder = SweepFolder(tmp_path / "mine")
+    old = pack(merge_steps(expand({"a": {"grid": {"lora": ["r4"]}}}), lambda _: False), "none")
+    folder.write_plan({"jobs": [job.to_dict() for job in old], "common": [], "launcher": {}, "submissions": []})
+    folder.update_state(old[0].key, state="running", **this_process())
+    before = (folder.path / "sweep.json").read_text()
+    with pytest.raises(UserError, match=r"1 jobs of .*mine are under way.*\(a-r4\); wait for them, cancel them"):
+        sweep.submit(study(tmp_path, {"lora": ["r8"]}))
+    assert (folder.path / "sweep.json").read_text() == before
 
 
 def test_launchers_that_a_sweep_cannot_use(tmp_path, capsys):

@@ -74,22 +74,45 @@ def submit(cfg: DictConfig, foreground: bool = False) -> tuple[SweepFolder, Swee
         return folder, plan
     if kind == "slurm":
         slurm.require()
+    jobs = _phases(plan.jobs, cfg.sweep.evaluation)
+    submissions = _earlier_submissions(folder, jobs)
     for overrides in cfg.record:
         _record(cfg, list(overrides))
-    before = folder.read_plan() if (folder.path / "sweep.json").exists() else {"submissions": []}
     folder.write_plan(
         {
             "name": cfg.name,
             "command": cfg.command,
-            "jobs": [job.to_dict() for job in _phases(plan.jobs, cfg.sweep.evaluation)],
+            "jobs": [job.to_dict() for job in jobs],
             "common": [f"outputs={Path(cfg.outputs).resolve()}", f"parent_run={_open_parent(cfg, folder)}"],
             "cost": plan.cost,
             "launcher": settings,
-            "submissions": before["submissions"],
+            "submissions": submissions,
         }
     )
     start_missing(folder, settings, foreground)
     return folder, plan
+
+
+def _earlier_submissions(folder: SweepFolder, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Of the plan that is to be replaced.
+
+    Raises:
+        UserError: where jobs are under way that the new plan lacks; nobody would see or cancel them any more.
+    """
+    if not (folder.path / "sweep.json").exists():
+        return []
+    plan = folder.read_plan()
+    kept = {job.key for job in jobs}
+    old = [job for job in folder.jobs() if job.key not in kept]
+    statuses, _ = job_statuses(folder, plan)
+    lost = [job.name for job in old if statuses[job.key].active]
+    if lost:
+        raise UserError(
+            f"{len(lost)} jobs of {folder.path} are under way that the sweep, as it is now, does not have "
+            f"({lost[0]}{', ...' if lost[1:] else ''}); wait for them, cancel them (vlaexp sweep cancel), or give this "
+            "sweep another name="
+        )
+    return plan["submissions"]
 
 
 def resume(cfg: DictConfig) -> int:
