@@ -77,7 +77,7 @@ class TwoPhaseVQBeT(VQBeTPolicy):
         return self
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Tensor]) -> Tensor:
+    def predict_action_chunk(self, batch: dict[str, Any]) -> Tensor:
         """Chunks (B, action_chunk_size, A) for the observed steps in `batch`, of which LeRobot would keep a queue."""
         images = torch.stack([batch[key] for key in self.config.image_features], dim=-4)
         return self.vqbet({**batch, OBS_IMAGES: images}, rollout=True)
