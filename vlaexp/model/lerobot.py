@@ -1,10 +1,10 @@
 """`model=lerobot`: a policy of LeRobot 0.6.1, built, loaded, trained and asked as LeRobot itself would.
 
-`model.policy` is LeRobot's name (`act`, `diffusion`, `vqbet`, `smolvla`, `pi0`, `pi05`, ...), `model.settings` are fields of its
-configuration. What vlaexp knows already goes into that configuration: LeRobot's `chunk_size` (`action_chunk_size` of
-vqbet) is `action_horizon`; the `horizon` of diffusion also counts the past steps, `action_horizon + n_obs_steps - 1`.
-The policy's own `n_action_steps` is the whole chunk, because some policies cut their prediction there; how much of it
-is executed is said by vlaexp's.
+`model.policy` is LeRobot's name (`act`, `diffusion`, `vqbet`, `smolvla`, `pi0`, `pi05`, ...), `model.settings` are
+fields of its configuration. What vlaexp knows already goes into that configuration: LeRobot's `chunk_size`
+(`action_chunk_size` of vqbet) is `action_horizon`; the `horizon` of diffusion also counts the past steps,
+`action_horizon + n_obs_steps - 1`. The policy's own `n_action_steps` is the whole chunk, because some policies cut
+their prediction there; how much of it is executed is said by vlaexp's.
 
 What LeRobot leaves open is closed here:
 

@@ -66,8 +66,8 @@ class TwoPhaseVQBeT(VQBeTPolicy):
     def reach_step(self, steps: int) -> None:
         """End the first phase once so many optimizer steps are done that it is over."""
         if steps >= self.config.n_vqvae_training_steps and not self.discretized:
-            self.vqvae.discretized.fill_(True)
-            self.vqvae.vq_layer.freeze_codebook.fill_(True)
+            self.vqvae.get_buffer("discretized").fill_(True)
+            self.vqvae.vq_layer.get_buffer("freeze_codebook").fill_(True)
             self.vqvae.eval()
 
     def train(self, mode: bool = True) -> "TwoPhaseVQBeT":
