@@ -20,6 +20,7 @@ from vlaexp.data_types import Batch, Observation
 from vlaexp.dataset.normalize import NormStats, Statistics
 from vlaexp.errors import UserError
 from vlaexp.head.native import check_normalizers, hold_nearest, lerobot_stats
+from vlaexp.trainer.journal import read_journal
 from vlaexp.workflow.train import Parts, build, train
 
 ACT = [
@@ -279,6 +280,14 @@ def test_train_and_evaluate_and_load_in_a_fresh_process(native: list[str], outpu
     (folder / "lerobot" / "config.json").unlink()
     with pytest.raises(UserError, match=r"lerobot/config\.json is missing"):
         vlaexp.load_policy(folder)
+
+
+def test_loaded_weights_train_in_training_mode(native: list[str], tmp_path: Path) -> None:
+    """LeRobot loads a policy for evaluation, in which ACT leaves out its VAE."""
+    build(compose("train", [*native, *ACT])).head.model.policy.save_pretrained(tmp_path / "saved")
+    loaded = [*ACT, f"model.weights={tmp_path / 'saved'}", "trainer.log_interval=1"]
+    rows = read_journal(train(compose("train", [*native, *loaded])).run)
+    assert any("train/kld_loss" in values for _, values in rows)
 
 
 @pytest.mark.parametrize("choice", ["act", "diffusion"])

@@ -196,6 +196,14 @@ def test_the_vqvae_trains_whole_beside_adapters(keys: list[str]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 
+def test_frozen_batch_normalization_keeps_its_statistics(keys: list[str]) -> None:
+    cfg = compose("train", [*keys, "freeze=vision"])
+    before = {name: value.clone() for name, value in build(cfg).head.state_dict().items() if "running_" in name}
+    after = load_file(train(cfg).milestones[4] / "head.safetensors")
+    assert before
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_a_policy_that_rests_is_refused(keys: list[str]) -> None:
     with pytest.raises(UserError, match=r"nothing would train: .* is frozen, there are no adapters"):
         build(compose("train", [*keys, "freeze=all"]))

@@ -128,6 +128,9 @@ class Head(L.LightningModule, ABC):
         self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=len(batch.action))
         return loss
 
+    def on_train_start(self) -> None:
+        self.train()  # Lightning leaves every module in the mode that building, loading or resuming left it in
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.model.reach_step(self.global_step)
 

@@ -38,6 +38,7 @@ HUSHED = (
     ".*not resumable.*",
     ".*litlogger.*",
     ".*LeafSpec.*",
+    ".*in eval mode at the start of training.*",  # the head sees to that
     ".*`srun` command is available.*",
 )
 OTHER_SHARDED = ("fsdp_", "deepspeed", "model_parallel")
