@@ -8,7 +8,8 @@ with the second phase; in others the VQ-VAE trains whole in the first, whatever 
 weight decay and ratio of learning rates.
 
 Against LeRobot's trainer: a schedule runs on from the first phase into the second instead of beginning anew; biases and
-norms of the transformer decay like the rest; on several devices the codebook follows the batches of the first.
+norms of the transformer decay like the rest; on several devices the codebook follows the batches of the first. A merged
+policy, run by LeRobot, executes its whole chunk, because LeRobot has no `n_action_steps` for it.
 """
 
 import math

@@ -95,7 +95,7 @@ def training_loss(head: Head, batch: Batch, precision: str = "32-true") -> Tenso
 def _undisturbed(head: Head) -> Iterator[None]:
     """Give every module its mode back, a frozen one's may differ from the head's, and what its buffers have learned."""
     modes = {module: module.training for module in head.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in head.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in head.buffers() if not buffer.is_inference()]
     yield
     for module, training in modes.items():
         module.training = training
