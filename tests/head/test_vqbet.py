@@ -22,7 +22,8 @@ from vlaexp.ledger import adapters
 from vlaexp.trainer.callbacks import CHECKPOINT, checkpoint_step
 from vlaexp.trainer.dry_run import activation_bytes, find_dead_adapters, made_up_batch
 from vlaexp.workflow.memory import build_for_planning
-from vlaexp.workflow.train import Parts, build, opened, train
+from vlaexp.workflow.packed import train_packed
+from vlaexp.workflow.train import Parts, TrainResult, build, opened, train
 
 FIRST = 2  # steps of the first phase
 PHASES = [item.replace("n_vqvae_training_steps: 1", f"n_vqvae_training_steps: {FIRST}") for item in VQBET]
@@ -184,8 +185,11 @@ def test_the_plan_is_of_the_second_phase(parts: Parts) -> None:
 # ---- adapters and loaded weights
 
 
-def test_the_vqvae_trains_whole_beside_adapters(keys: list[str]) -> None:
-    parts = build(compose("train", [*keys, *LORA]))
+@pytest.mark.parametrize("more", [[], ["lora.quantize=nf4"]], ids=["LoRA", "QLoRA"])
+def test_the_vqvae_trains_whole_beside_adapters(keys: list[str], more: list[str]) -> None:
+    if more:
+        pytest.importorskip("bitsandbytes", reason="the extra `quantize` is not installed")
+    parts = build(compose("train", [*keys, *LORA, *more]))
     head = parts.head
     assert any("transformer" in name for name in adapters(head.model))
     assert not any(f"model.{name}".startswith(VQVAE) for name in adapters(head.model))
@@ -194,6 +198,17 @@ def test_the_vqvae_trains_whole_beside_adapters(keys: list[str]) -> None:
     before = {name: value.clone() for name, value in head.state_dict().items()}
     find_dead_adapters(head)
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+@pytest.mark.slow
+def test_packed_equals_each_alone(keys: list[str]) -> None:
+    cfgs = [compose("train", [*keys, *LORA, f"lora.rank={rank}", "name=packed"]) for rank in (2, 4)]
+    together = train_packed(cfgs)
+    for rank, packed in zip((2, 4), together, strict=True):
+        assert isinstance(packed, TrainResult), packed
+        alone = train(compose("train", [*keys, *LORA, f"lora.rank={rank}", "name=alone"]))
+        for file in ("head.safetensors", "adapter/adapter_model.safetensors"):
+            assert (packed.milestones[4] / file).read_bytes() == (alone.milestones[4] / file).read_bytes()
 
 
 def test_frozen_batch_normalization_keeps_its_statistics(keys: list[str]) -> None:
