@@ -1,10 +1,14 @@
 """vlaexp: fine-tune vision-language-action robot policies and find out, honestly, what worked."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlaexp.trainer.policy_folder import load_policies as load_policies
     from vlaexp.trainer.policy_folder import load_policy as load_policy
+
+# peft imports bitsandbytes where it is installed, which then asks for a faster kernel on some CPUs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 __all__ = ["load_policies", "load_policy"]
 

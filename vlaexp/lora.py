@@ -115,12 +115,13 @@ def _plain(value: Any) -> str:
 
 
 def freeze_parts(model: BaseModel, freeze: Freeze) -> None:
-    """Take the gradients of the named parts, except of what stays trainable or was started anew (another robot)."""
+    """Take the gradients of the named parts, except of what stays trainable, was started anew (another robot) or
+    trains by itself."""
     for name in freeze.parts:
         if name not in PARTS:
             raise UserError(f"unknown part {name!r} in freeze.parts; {nearest(name, PARTS)}")
     for name, parameter in model.named_parameters():
-        if model.part_of(name) in freeze.parts:
+        if model.part_of(name) in freeze.parts and not model.trains_by_itself(name):
             parameter.requires_grad_(False)
     for name in freeze.trainable:
         if name not in model.landmarks:
@@ -241,7 +242,11 @@ def _restore_trainable(model: nn.Module, names: set[str]) -> None:
 def target_modules(model: BaseModel, lora: Lora, freeze: Freeze) -> list[str]:
     """Full names of the linear and convolutional layers that get adapters, in the model's order."""
     resting = (*model.reinitialized, *(f"{model.landmarks[name]}." for name in freeze.trainable))
-    candidates = [name for name, _ in free_standing_layers(model) if not f"{name}.".startswith(resting)]
+    candidates = [
+        name
+        for name, _ in free_standing_layers(model)
+        if not f"{name}.".startswith(resting) and not model.trains_by_itself(name)
+    ]
     if lora.targets == "all-linear":
         wanted = set(candidates)
     else:

@@ -20,6 +20,7 @@ from vlaexp.data_types import Batch, Observation
 from vlaexp.dataset.normalize import NormStats, Statistics
 from vlaexp.errors import UserError
 from vlaexp.head.native import check_normalizers, hold_nearest, lerobot_stats
+from vlaexp.trainer.journal import read_journal
 from vlaexp.workflow.train import Parts, build, train
 
 ACT = [
@@ -34,8 +35,17 @@ DIFFUSION = [
     "num_train_timesteps: 4, pretrained_backbone_weights: null}",
     "action_horizon=7",
 ]
+VQBET = [
+    "model.policy=vqbet",
+    "model.settings={n_obs_steps: 2, n_action_pred_token: 2, n_vqvae_training_steps: 1, vqvae_n_embed: 4, "
+    "vqvae_embedding_dim: 8, vqvae_enc_hidden_dim: 8, gpt_input_dim: 16, gpt_output_dim: 16, gpt_n_layer: 1, "
+    "gpt_n_head: 2, gpt_hidden_dim: 16, spatial_softmax_num_keypoints: 4, crop_shape: [40, 40], "
+    "pretrained_backbone_weights: null}",
+    "action_horizon=7",
+]
 DDIM = [item.replace("num_train", "noise_scheduler_type: DDIM, num_train") for item in DIFFUSION]
 POLICIES = {"act": ACT, "diffusion": DIFFUSION, "diffusion-ddim": DDIM}
+END_TO_END = {"act": ACT, "diffusion": DIFFUSION, "vqbet": VQBET}  # laws of vqbet, which has phases, are in test_vqbet
 NATIVE = ["model=lerobot", "head=native", "action_space=joint", "lora=none", "freeze=none", "model.image_size=[48,48]"]
 SHORT = ["dataset=tabletop_pick", "dataset.val_fraction=0.25", "trainer=cpu", "tracker=csv", "augmentation=none"]
 
@@ -248,11 +258,11 @@ torch.save(act(vlaexp.load_policy(sys.argv[2])), sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("choice", ["act", "diffusion"])
+@pytest.mark.parametrize("choice", END_TO_END)
 def test_train_and_evaluate_and_load_in_a_fresh_process(native: list[str], outputs: Path, choice: str) -> None:
-    if choice != "act":
+    if choice == "diffusion":
         pytest.importorskip("diffusers")
-    assert main(["train", *native, *POLICIES[choice]]) == 0
+    assert main(["train", *native, *END_TO_END[choice]]) == 0
     (run,) = (outputs / "runs").iterdir()
     folder = run / "milestones" / "step_000002"
     assert json.loads((run / "held_out.json").read_text())["policy_mse"] > 0
@@ -270,6 +280,14 @@ def test_train_and_evaluate_and_load_in_a_fresh_process(native: list[str], outpu
     (folder / "lerobot" / "config.json").unlink()
     with pytest.raises(UserError, match=r"lerobot/config\.json is missing"):
         vlaexp.load_policy(folder)
+
+
+def test_loaded_weights_train_in_training_mode(native: list[str], tmp_path: Path) -> None:
+    """LeRobot loads a policy for evaluation, in which ACT leaves out its VAE."""
+    build(compose("train", [*native, *ACT])).head.model.policy.save_pretrained(tmp_path / "saved")
+    loaded = [*ACT, f"model.weights={tmp_path / 'saved'}", "trainer.log_interval=1"]
+    rows = read_journal(train(compose("train", [*native, *loaded])).run)
+    assert any("train/kld_loss" in values for _, values in rows)
 
 
 @pytest.mark.parametrize("choice", ["act", "diffusion"])

@@ -27,9 +27,15 @@ UNET = (
     "{down_dims: [8, 16], n_groups: 4, diffusion_step_embed_dim: 8, spatial_softmax_num_keypoints: 4, "
     "num_train_timesteps: 4, pretrained_backbone_weights: null}"
 )
+BEHAVIOR_TRANSFORMER = (
+    "{n_obs_steps: 2, n_vqvae_training_steps: 1, vqvae_n_embed: 4, vqvae_embedding_dim: 8, vqvae_enc_hidden_dim: 8, "
+    "gpt_input_dim: 16, gpt_output_dim: 16, gpt_n_layer: 1, gpt_n_head: 2, gpt_hidden_dim: 16, "
+    "spatial_softmax_num_keypoints: 4, crop_shape: [40, 40], pretrained_backbone_weights: null}"
+)
 POLICIES = {
     "act": ["model.policy=act", f"model.settings={ACT}", "action_horizon=8"],
     "diffusion": ["model.policy=diffusion", f"model.settings={UNET}", "action_horizon=7"],
+    "vqbet": ["model.policy=vqbet", f"model.settings={BEHAVIOR_TRANSFORMER}", "action_horizon=7"],
 }
 
 

@@ -128,6 +128,12 @@ class Head(L.LightningModule, ABC):
         self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=len(batch.action))
         return loss
 
+    def on_train_start(self) -> None:
+        self.train()  # Lightning leaves every module in the mode that building, loading or resuming left it in
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.model.reach_step(self.global_step)
+
     @property
     def _accumulation(self) -> int:
         return int(self.trainer.accumulate_grad_batches)
@@ -148,13 +154,17 @@ class Head(L.LightningModule, ABC):
         self.log_dict(values, batch_size=int(valid.sum()), on_step=False, on_epoch=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        adapters, others = [], []
+        adapters, apart, others = [], [], []
+        own = self.model.own_training
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                (adapters if "lora_" in name else others).append(parameter)
+                by_itself = self.model.trains_by_itself(name.removeprefix("model."))
+                (adapters if "lora_" in name else apart if by_itself else others).append(parameter)
         optimizer = self._optimizer([{"params": others}])  # empty where the model's own decoder is the whole head
+        base_lr = optimizer.param_groups[0]["lr"]
+        if own is not None and apart:
+            optimizer.add_param_group({"params": apart, "lr": base_lr * own.lr_ratio, "weight_decay": own.weight_decay})
         if adapters:
-            base_lr = optimizer.param_groups[0]["lr"]
             optimizer.add_param_group({"params": adapters, "lr": base_lr * self._adapter_lr_ratio})
         scheduler = self._schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -149,6 +149,21 @@ class Denoiser(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class OwnTraining:
+    """A module that freeze policies and adapters leave alone, because the model itself settles when it trains.
+
+    Attributes:
+        prefix: of the names of its parameters, with the dot.
+        lr_ratio: its learning rate as a multiple of the head's.
+        weight_decay: in place of the optimizer's.
+    """
+
+    prefix: str
+    lr_ratio: float
+    weight_decay: float
+
+
 class BaseModel(nn.Module, ABC):
     """Base class of all base models.
 
@@ -163,6 +178,7 @@ class BaseModel(nn.Module, ABC):
         reinitialized: prefixes of parameters that the loaded weights did not fit (another robot).
         landmarks: layers that freeze policies name, as paths: `embeddings` (token embedding) and `last_layer` of the
             language part.
+        own_training: a module that trains by rules of its own; None where there is none.
         goal_dim: width of the predicted auxiliary goal; 0 where the model predicts none.
         crops_at_evaluation: images differ between training and evaluation, so features are not cached.
         large: `vlaexp plan` builds it without weights, on the meta device.
@@ -176,6 +192,7 @@ class BaseModel(nn.Module, ABC):
     training_seeds: tuple[tuple[int, int], ...] = ()
     reinitialized: tuple[str, ...] = ()
     landmarks: Mapping[str, str] = MappingProxyType({})
+    own_training: OwnTraining | None = None
     goal_dim: int = 0
     crops_at_evaluation: bool = False
     large: bool = False
@@ -196,6 +213,10 @@ class BaseModel(nn.Module, ABC):
         """The part that the parameter or module of this dotted name belongs to."""
         return name.split(".", 1)[0]
 
+    def trains_by_itself(self, name: str) -> bool:
+        """Whether the parameter or module of this dotted name is of `own_training`."""
+        return self.own_training is not None and name.startswith(self.own_training.prefix)
+
     @property
     def sample_instructions(self) -> Sequence[str]:
         """Some that the model can read, for made-up observations."""
@@ -210,6 +231,16 @@ class BaseModel(nn.Module, ABC):
 
     def read_statistics(self, dataset: NormStats) -> None:
         """Learn how the training data are spread; most models need nothing of it."""
+
+    def check_steps(self, max_steps: int) -> None:
+        """Whether so many optimizer steps train the model at all; nearly always they do.
+
+        Raises:
+            UserError: where they don't.
+        """
+
+    def reach_step(self, steps: int) -> None:
+        """Told after each step how many are done; a model that trains in phases goes on to the next."""
 
     def input_stats(self) -> NormStats | None:
         """Statistics that the loaded weights' inputs were normalized with; None where any will do."""

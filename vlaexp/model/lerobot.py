@@ -1,16 +1,19 @@
 """`model=lerobot`: a policy of LeRobot 0.6.1, built, loaded, trained and asked as LeRobot itself would.
 
-`model.policy` is LeRobot's name (`act`, `diffusion`, `smolvla`, `pi0`, `pi05`, ...), `model.settings` are fields of its
-configuration. What vlaexp knows already goes into that configuration: LeRobot's `chunk_size` is `action_horizon`; the
-`horizon` of diffusion also counts the past steps, `action_horizon + n_obs_steps - 1`. The policy's own `n_action_steps`
-is the whole chunk, because some policies cut their prediction there; how much of it is executed is said by vlaexp's.
+`model.policy` is LeRobot's name (`act`, `diffusion`, `vqbet`, `smolvla`, `pi0`, `pi05`, ...), `model.settings` are
+fields of its configuration. What vlaexp knows already goes into that configuration: LeRobot's `chunk_size`
+(`action_chunk_size` of vqbet) is `action_horizon`; the `horizon` of diffusion also counts the past steps,
+`action_horizon + n_obs_steps - 1`. The policy's own `n_action_steps` is the whole chunk, because some policies cut
+their prediction there; how much of it is executed is said by vlaexp's.
 
 What LeRobot leaves open is closed here:
 
     random streams  each row of a batch has its own. ACT draws nothing; smolvla, pi0, pi05 and diffusion with DDIM take
                     the row's noise; every other policy predicts one row at a time, seeded by the row's noise.
     padded steps    labels beyond the episode repeat its nearest action. Their loss is masked by LeRobot, or here for
-                    pi0 and pi05; wall_x, xvla and pi0_fast know no mask: they are trained on the repeated action.
+                    pi0 and pi05; vqbet, wall_x, xvla and pi0_fast know no mask: they are trained on the repeated
+                    action.
+    phases          vqbet's two of training follow the trainer's steps (`vlaexp.model.lerobot_vqbet`).
     loading         LeRobot's loaders may only warn; here all tensors of the file must be in the policy, and conversely.
 
 Policies that read future images or a store of past steps of their own are refused with the reason.
@@ -40,17 +43,19 @@ from vlaexp.data_types import Observation
 from vlaexp.errors import UserError, nearest
 from vlaexp.model.base import BaseModel
 from vlaexp.model.layers import resize_with_pad
+from vlaexp.model.lerobot_vqbet import TwoPhaseVQBeT
 from vlaexp.model.weights import fingerprint, read_safetensors
 
 WEIGHTS = "model.safetensors"
 DEFAULT_IMAGE_SIZE = (96, 96)
 PARTS = (  # of a parameter, by a pattern in its dotted name; the first that matches; `decoder` where none does
     ("vision", r"^policy\.model\.backbone\.|\.(rgb_encoder|vision_tower|vision_model|visual)\."),
-    ("projector", r"\.(encoder_img_feat_input_proj|multi_modal_projector|connector)\."),
+    ("projector", r"\.(encoder_img_feat_input_proj|rgb_feature_projector|multi_modal_projector|connector)\."),
     ("language", r"\.(language_model|text_model)\."),
 )
 FIXED = {  # fields that vlaexp sets, and the key that says them
     "chunk_size": "action_horizon",
+    "action_chunk_size": "action_horizon",
     "horizon": "action_horizon",
     "n_action_steps": "n_action_steps",
     "input_features": "model.cameras and the dataset",
@@ -69,7 +74,6 @@ HUB_IDS = {  # that LeRobot's code names itself
 DETERMINISTIC = ("act",)
 UNMASKED = ("pi0", "pi05")  # forward of their inner model returns the loss (B, H, A) of every number
 REFUSED = {
-    "vqbet": "it counts its two phases of training where no checkpoint sees them",
     "multi_task_dit": "it predicts from a store of past steps of its own",
     "tdmpc": "it plans by a world model that learns from rewards",
     "gaussian_actor": "it learns from rewards",
@@ -117,6 +121,10 @@ class LeRobotPolicy(BaseModel):
         self._set_steps(config)
         with explained(policy, config):
             self.policy = _make_policy(config, weights)
+        if isinstance(self.policy, TwoPhaseVQBeT):
+            own = self.policy.own_training
+            self.own_training = dataclasses.replace(own, prefix=f"policy.{own.prefix}")
+            self.policy.vqvae.requires_grad_(not self.policy.discretized)
         self._fingerprint = fingerprint(self.policy.state_dict())
 
     @property
@@ -152,7 +160,7 @@ class LeRobotPolicy(BaseModel):
             UserError: where tensors of the policy are not in the file, or conversely.
         """
         with explained(self.name, self.config):
-            policy = get_policy_class(self.name).from_pretrained(folder, strict=True)
+            policy = _policy_class(self.name).from_pretrained(folder, strict=True)
         check_loaded(policy, folder / WEIGHTS)
         config: Any = policy.config
         if hasattr(config, "n_action_steps"):
@@ -173,6 +181,14 @@ class LeRobotPolicy(BaseModel):
 
     def weights_fingerprint(self) -> str:
         return self._fingerprint
+
+    def check_steps(self, max_steps: int) -> None:
+        if isinstance(self.policy, TwoPhaseVQBeT):
+            self.policy.check_steps(max_steps)
+
+    def reach_step(self, steps: int) -> None:
+        if isinstance(self.policy, TwoPhaseVQBeT):
+            self.policy.reach_step(steps)
 
     # ---- in and out ----------------------------------------------------------------------------------------------
 
@@ -324,6 +340,7 @@ def _make_config(
         _check_horizon(horizon, action_horizon, 2 ** len(down_dims))
     fixed = {
         "chunk_size": action_horizon,
+        "action_chunk_size": action_horizon,
         "horizon": horizon,
         "n_action_steps": action_horizon,
         "do_mask_loss_for_padding": True,
@@ -359,8 +376,12 @@ def _check_horizon(horizon: int, action_horizon: int, factor: int) -> None:
         )
 
 
+def _policy_class(policy: str) -> type[PreTrainedPolicy]:
+    return TwoPhaseVQBeT if policy == "vqbet" else get_policy_class(policy)
+
+
 def _make_policy(config: PreTrainedConfig, weights: str | None) -> PreTrainedPolicy:
-    cls = get_policy_class(config.type)
+    cls = _policy_class(config.type)
     folder = None if weights is None else Path(weights)
     if folder is not None and folder.is_dir() and not (folder / WEIGHTS).exists():
         raise UserError(

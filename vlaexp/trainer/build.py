@@ -62,6 +62,7 @@ def build(
     torch.manual_seed(config["seed"])  # of fresh adapters
     make_model = make_model or build_model
     model = make_model(config, state_dim, has_goal="goal" in statistics.quantities, action_dim=spec.dim)
+    model.check_steps(config["trainer"]["max_steps"])
     if not model.goal_dim and config["head"].get("goal_weight", 0) > 0:
         print("no tool targets in the data or no goal in the model: the auxiliary goal loss is off", file=sys.stderr)
         config["head"]["goal_weight"] = 0.0
@@ -72,7 +73,8 @@ def build(
     adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
     own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
     built = Built(head, adapter, ledger(model, own, lora))
-    if not built.ledger.trainable:
+    chosen = [parameter for name, parameter in model.named_parameters() if not model.trains_by_itself(name)]
+    if not any(parameter.requires_grad for parameter in (*own, *chosen)):
         raise UserError(
             f"nothing would train: {freeze} is frozen, there are no adapters, and head={head.name} has no layers of "
             "its own here; set lora=r16 with lora.targets=, or freeze less"

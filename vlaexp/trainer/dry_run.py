@@ -85,19 +85,22 @@ def training_loss(head: Head, batch: Batch, precision: str = "32-true") -> Tenso
     """The loss of a training step; the same number at every call."""
     device = batch.action.device
     rng_devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=rng_devices), autocast(device, precision), _modes_kept(head):
+    with torch.random.fork_rng(devices=rng_devices), autocast(device, precision), _undisturbed(head):
         torch.manual_seed(0)
         loss, _ = head.train().compute_loss(batch)
     return loss
 
 
 @contextmanager
-def _modes_kept(head: Head) -> Iterator[None]:
-    """Give every module its training or evaluation mode back; a frozen one may differ from the head's."""
+def _undisturbed(head: Head) -> Iterator[None]:
+    """Give every module its mode back, a frozen one's may differ from the head's, and what its buffers have learned."""
     modes = {module: module.training for module in head.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in head.buffers() if not buffer.is_inference()]
     yield
     for module, training in modes.items():
         module.training = training
+    for buffer, value in buffers:
+        buffer.data.copy_(value)  # past autograd, whose graph may hold it
 
 
 def find_dead_adapters(head: Head, precision: str = "32-true") -> list[str]:
@@ -105,7 +108,7 @@ def find_dead_adapters(head: Head, precision: str = "32-true") -> list[str]:
     batch = made_up_batch(head, 2)
 
     def actions() -> Tensor:
-        with _modes_kept(head):
+        with _undisturbed(head):
             return head.eval().predict_action(batch.observation).action
 
     return dead_adapters(head.model, lambda: training_loss(head, batch, precision), actions)

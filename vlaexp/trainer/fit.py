@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ from vlaexp.trainer.lightning_journal import LightningJournal
 from vlaexp.trainer.run_log import RunLog
 from vlaexp.trainer.sharding import DDP, FSDP, ShardedBase, layers_to_shard
 
+HUSHED = (
+    ".*does not have many workers.*",
+    ".*not resumable.*",
+    ".*litlogger.*",
+    ".*LeafSpec.*",
+    ".*in eval mode at the start of training.*",  # the head sees to that
+    ".*`srun` command is available.*",
+)
 OTHER_SHARDED = ("fsdp_", "deepspeed", "model_parallel")
 
 
@@ -93,6 +102,22 @@ class Fit:
             )
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Without those warnings of Lightning that say what vlaexp means to do."""
+    with warnings.catch_warnings():
+        for message in HUSHED:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+@hushed()
+def training_device(accelerator: str) -> torch.device:
+    """The one that Lightning chooses for `trainer.accelerator`."""
+    return L.Fabric(accelerator=accelerator, devices=1).device
+
+
+@hushed()
 def fit(
     head: Head,
     train: ChunkDataset,
@@ -151,9 +176,7 @@ def fit(
     )
     checkpoint = folder / CHECKPOINT
     head.strict_loading = False  # frozen weights are not in the checkpoint; TrainableOnly checks the others
-    with warnings.catch_warnings(), interruption.deferred():
-        for message in (".*does not have many workers.*", ".*not resumable.*", ".*litlogger.*", ".*LeafSpec.*"):
-            warnings.filterwarnings("ignore", message=message)
+    with interruption.deferred():
         trainer.fit(
             head,
             train_loader(train, settings, trainer, head.seed),

@@ -26,6 +26,7 @@ def build_for_planning(
     large = get_class(config["model"]["_target_"]).large
     with torch.device("meta") if large else nullcontext():
         built = build(config, spec, state_dim, statistics)
+    built.head.model.reach_step(config["trainer"]["max_steps"])  # the last phase, which has the policy in it
     return built, "meta" if large else "cpu"
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from traceback import clear_frames
 from typing import Any
 
-import lightning as L
 import torch
 from omegaconf import DictConfig
 
@@ -26,6 +25,7 @@ from vlaexp.model.base import BaseModel
 from vlaexp.model.quantize import Known
 from vlaexp.model.sharing import move_together, own_memory, twin
 from vlaexp.trainer.build import build_model, model_sizes
+from vlaexp.trainer.fit import training_device
 from vlaexp.trainer.turns import in_turns
 from vlaexp.workflow.data import load_demonstrations
 from vlaexp.workflow.parts import build
@@ -61,7 +61,7 @@ def train_packed(
             except Exception as error:
                 outcomes[place] = error
         del pack  # and with it those weights of the base that every training has replaced by its own
-        device = L.Fabric(accelerator=cfgs[0].trainer.accelerator, devices=1).device
+        device = training_device(cfgs[0].trainer.accelerator)
         move_together([slot.training.parts.head for slot in slots.values()], device)
         if cfgs[0].trainer.num_threads:
             torch.set_num_threads(cfgs[0].trainer.num_threads)  # of this thread, which evaluates

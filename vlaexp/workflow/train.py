@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -27,7 +26,7 @@ from vlaexp.interruption import Interrupted
 from vlaexp.trainer.build import head_name, head_origin
 from vlaexp.trainer.callbacks import CHECKPOINT, checkpoint_step
 from vlaexp.trainer.dry_run import autocast
-from vlaexp.trainer.fit import fit, val_loader
+from vlaexp.trainer.fit import fit, training_device, val_loader
 from vlaexp.trainer.policy_folder import load_policy, save_policy
 from vlaexp.trainer.run_log import RunLog
 from vlaexp.workflow.data import training_frames
@@ -100,7 +99,7 @@ class Training:
         run, last, settings = self.parts.run, self.parts.settings.max_steps, self.parts.settings
         held_out = self.held_out
         if self.done >= last:
-            device = L.Fabric(accelerator=settings.accelerator, devices=1).device
+            device = training_device(settings.accelerator)
             held_out = _held_out(self.parts, load_policy(self.folders[last]).to(device), self.val)
         if held_out:
             (run / "held_out.json").write_text(json.dumps(held_out, indent=1) + "\n")
