@@ -15,8 +15,9 @@ from vlaexp.sweep.folder import SweepFolder, this_process
 from vlaexp.sweep.grid import expand
 from vlaexp.sweep.jobs import merge_steps, pack
 from vlaexp.workflow import sweep
+from vlaexp.workflow.looks import Looks
 from vlaexp.workflow.multirun import merged
-from vlaexp.workflow.sweep_plan import Looks, plan_sweep, plan_text
+from vlaexp.workflow.sweep_plan import plan_sweep, plan_text
 from vlaexp.workflow.train import train
 
 

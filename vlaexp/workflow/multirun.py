@@ -9,7 +9,7 @@ from vlaexp.errors import UserError
 from vlaexp.sweep import slurm
 from vlaexp.sweep.grid import expand
 from vlaexp.sweep.jobs import MILESTONES, STEPS, merge_steps
-from vlaexp.workflow.sweep_plan import Looks
+from vlaexp.workflow.looks import Looks
 
 
 def prepared(verb: str, arguments: Sequence[str]) -> list[str]:

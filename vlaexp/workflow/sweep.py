@@ -10,26 +10,23 @@
 Asked again nothing is repeated: datasets that exist are kept, finished trainings and evaluations are recognised.
 """
 
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from vlaexp.config import compose, resolved
 from vlaexp.errors import UserError, nearest
-from vlaexp.sweep import local, slurm
-from vlaexp.sweep.folder import SweepFolder, alive, this_process
+from vlaexp.sweep import slurm
+from vlaexp.sweep.folder import SweepFolder
 from vlaexp.sweep.jobs import Job
 from vlaexp.sweep.status import job_statuses, point_rows, status_table
-from vlaexp.workflow.node import work
+from vlaexp.workflow.launch import cancel_jobs, launcher_kind, start_missing
 from vlaexp.workflow.sweep_plan import SweepPlan, plan_sweep, plan_text
 
 EVALUATIONS = ("inline", "jobs")
@@ -69,7 +66,7 @@ def submit(cfg: DictConfig, foreground: bool = False) -> tuple[SweepFolder, Swee
     print(plan_text(plan), file=sys.stderr, flush=True)
     folder = sweep_folder(cfg)
     settings = resolved(cfg.launcher)
-    kind = _kind(settings)
+    kind = launcher_kind(settings)
     if cfg.dry_run:
         return folder, plan
     if kind == "slurm":
@@ -124,78 +121,6 @@ def resume(cfg: DictConfig) -> int:
     return start_missing(folder, settings, foreground=False)
 
 
-def start_missing(folder: SweepFolder, settings: Mapping[str, Any], foreground: bool) -> int:
-    """Give every job that is neither done nor under way to the launcher; returns how many.
-
-    Raises:
-        UserError: where SLURM does not say what is still under way.
-    """
-    with FileLock(folder.path / ".lock"):  # two who start the missing jobs at once would start them twice
-        here = foreground and _kind(settings) == "local"
-        keys = _start(folder, settings, here)
-    if here and keys:
-        try:
-            local.run_here(folder.path, work, keys, int(settings["n_jobs"]))
-        finally:
-            plan = folder.read_plan()
-            folder.write_plan(plan | {"submissions": [s for s in plan["submissions"] if not s.get("foreground")]})
-    return len(keys)
-
-
-def _start(folder: SweepFolder, settings: Mapping[str, Any], here: bool) -> list[str]:
-    """Submit the missing jobs and return their keys; those to be run `here` are only noted, as work of this process."""
-    plan = folder.read_plan()
-    statuses, _ = job_statuses(folder, plan)
-    unknown = [status for status in statuses.values() if status.active is None]
-    if unknown:
-        raise UserError(
-            f"{len(unknown)} jobs of {folder.path} may still be under way, and nobody says so ({unknown[0].note}); ask "
-            "again when SLURM answers, or cancel them by hand and delete their files in jobs/"
-        )
-    jobs = [job for job in folder.jobs() if statuses[job.key].state != "finished" and not statuses[job.key].active]
-    waiting = sum(bool(status.active) for status in statuses.values())
-    done = len(statuses) - len(jobs) - waiting
-    print(f"{done} jobs done, {waiting} under way, {len(jobs)} to start", file=sys.stderr)
-    keys = [job.key for job in jobs]
-    if not jobs:
-        return keys
-    if _kind(settings) == "slurm":
-        _submit_to_slurm(folder, jobs, settings, plan["name"])
-        return keys
-    runner = this_process()
-    if not here:
-        runner = local.start_detached(folder.path, work, keys, int(settings["n_jobs"]))
-        print(f"process {runner['pid']} runs them; it writes to {folder.path / 'local.log'}", file=sys.stderr)
-    names = dict.fromkeys(keys, str(runner["pid"]))
-    _note_submission(folder, {"kind": "local", "runner": runner, "foreground": here, "jobs": names})
-    return keys
-
-
-def _submit_to_slurm(folder: SweepFolder, jobs: Sequence[Job], settings: Mapping[str, Any], name: str) -> None:
-    """One array; evaluations of their own in a second, each element of which waits for its training's."""
-    ids: dict[str, str] = {}
-
-    def array(group: Sequence[Job], name: str, after: Sequence[str] = ()) -> None:
-        if group:
-            found = slurm.submit(folder.path, work, [job.key for job in group], settings, name, after)
-            _note_submission(folder, {"kind": "slurm", "jobs": found})
-            ids.update(found)
-
-    def training(job: Job) -> str:
-        return replace(job, phase="train").key
-
-    array([job for job in jobs if job.phase != "evaluate"], name)
-    evaluations = [job for job in jobs if job.phase == "evaluate"]
-    waiting = [job for job in evaluations if training(job) in ids]
-    array([job for job in evaluations if training(job) not in ids], f"{name}-eval")
-    array(waiting, f"{name}-eval", [ids[training(job)] for job in waiting])
-
-
-def _note_submission(folder: SweepFolder, submission: dict[str, Any]) -> None:
-    plan = folder.read_plan()
-    folder.write_plan(plan | {"submissions": [*plan["submissions"], {"time": time.time(), **submission}]})
-
-
 def _phases(jobs: Sequence[Job], evaluation: str) -> list[Job]:
     if evaluation == "inline":
         return list(jobs)
@@ -208,6 +133,11 @@ def _phases(jobs: Sequence[Job], evaluation: str) -> list[Job]:
     ]
 
 
+def cancel(cfg: DictConfig) -> int:
+    """Stop every job that is under way; returns how many there were."""
+    return cancel_jobs(sweep_folder(cfg))
+
+
 def status(cfg: DictConfig, show: Callable[[list[dict[str, Any]], str], None]) -> None:
     """Show one row per point; with `watch=true` again and again until nothing is under way."""
     folder = sweep_folder(cfg)
@@ -217,24 +147,6 @@ def status(cfg: DictConfig, show: Callable[[list[dict[str, Any]], str], None]) -
         if not cfg.watch or not any(row["state"] in ("running", "pending", "unknown") for row in rows):
             return
         time.sleep(POLL_S)
-
-
-def cancel(cfg: DictConfig) -> int:
-    """Stop every job that is under way; returns how many there were."""
-    folder = sweep_folder(cfg)
-    plan = folder.read_plan()
-    statuses, silent = job_statuses(folder, plan)
-    if silent:
-        raise UserError(f"SLURM could not be asked what is under way ({silent}); nothing was cancelled")
-    active = [key for key, found in statuses.items() if found.active]
-    last = {key: submission for submission in plan["submissions"] for key in submission["jobs"]}
-    ids = [last[key]["jobs"][key] for key in active if last[key]["kind"] == "slurm"]
-    if ids:
-        slurm.cancel(ids)
-    for submission in plan["submissions"]:
-        if submission["kind"] == "local" and alive(submission["runner"]):
-            os.kill(submission["runner"]["pid"], signal.SIGTERM)  # its workers save themselves when it is gone
-    return len(active)
 
 
 def collect(cfg: DictConfig) -> StudyResult:
@@ -280,19 +192,6 @@ def _evidence(folder: SweepFolder) -> list[Path]:
 def sweep_folder(cfg: DictConfig) -> SweepFolder:
     """The folder of a study."""
     return SweepFolder(Path(cfg.outputs).resolve() / cfg.name)
-
-
-def _kind(settings: Mapping[str, Any]) -> str:
-    """`slurm` or `local`.
-
-    Raises:
-        UserError: for another launcher of Hydra.
-    """
-    target = str(settings.get("_target_")).rpartition(".")[2]
-    kinds = {"SlurmLauncher": "slurm", "JoblibLauncher": "local"}
-    if target not in kinds:
-        raise UserError(f"a sweep cannot use Hydra's {target}; set hydra/launcher=local or hydra/launcher=slurm")
-    return kinds[target]
 
 
 def _wait(folder: SweepFolder) -> None:
