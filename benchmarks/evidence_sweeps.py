@@ -37,7 +37,7 @@ def thousand_points() -> Iterator[Found]:
         yield Found("status over 1,000 points, median seconds", status, "<= 5", 3)
 
 
-@measures()
+@measures(long=True)
 def step_grid_cost() -> Iterator[Found]:
     """One training with milestones beside the longest alone, in turns; and beside its three lengths one by one."""
     with tempfile.TemporaryDirectory() as folder:
