@@ -25,7 +25,7 @@ from vlaexp.errors import UserError
 from vlaexp.head.native import NativeHead
 from vlaexp.ledger import adapters
 from vlaexp.model.lerobot import LeRobotPolicy
-from vlaexp.trainer.dry_run import made_up_batch
+from vlaexp.trainer.dry_run import find_dead_adapters, made_up_batch
 from vlaexp.workflow.merge import merge
 from vlaexp.workflow.train import Parts, build, train
 
@@ -176,6 +176,15 @@ def test_adapters_leave_the_text_encoder_alone(keys: list[str], clip: Path) -> N
         build(compose("train", [*keys, *sizes(clip), *LORA[:2], "lora.targets=[language]"]))
 
 
+def test_adapters_behind_gates_that_train_are_not_dead(keys: list[str], clip: Path) -> None:
+    """The gates of the transformer begin at zero; frozen, they let nothing through."""
+    vision = ["lora=r4", "freeze=vision", "lora.targets=[vision]"]
+    for adapt in (LORA, vision):
+        assert find_dead_adapters(build(compose("train", [*keys, *sizes(clip), *adapt])).head) == []
+    closed = build(compose("train", [*keys, *sizes(clip), *LORA[:2], "lora.targets=[vision]"])).head
+    assert set(find_dead_adapters(closed)) == set(adapters(closed.model))
+
+
 def test_frozen_encoders_stay(keys: list[str], clip: Path) -> None:
     head = build(compose("train", [*keys, *sizes(clip), "freeze=vision"])).head
     (only,) = head.configure_optimizers()["optimizer"].param_groups
@@ -238,12 +247,12 @@ def test_lerobot_alone_acts_as_the_merged_policy(keys: list[str], outputs: Path,
     torch.testing.assert_close(again.predict_action(observation, noise).action[:, :3], ours, rtol=1e-3, atol=1e-4)
 
 
-# ---- a CLIP that will not do
+# ---- its CLIP
 
 
-def make(clip: Path | str, **settings: Any) -> LeRobotPolicy:
+def make(clip: Path | str, cameras: Sequence[str] = ("front",), **settings: Any) -> LeRobotPolicy:
     both = {"vision_encoder_name": str(clip), "text_encoder_name": str(clip), "hidden_dim": 16, "num_heads": 2}
-    return LeRobotPolicy("multi_task_dit", ["front"], 8, 7, 6, settings=both | settings)
+    return LeRobotPolicy("multi_task_dit", cameras, 8, 7, 6, settings=both | settings)
 
 
 def test_a_clip_that_is_not_here_is_named() -> None:
@@ -253,6 +262,21 @@ def test_a_clip_that_is_not_here_is_named() -> None:
         r"16, text_encoder_name=openai/\S+ \(`hf download NAME`\) into HF_HUB_CACHE=",
     ):
         make("openai/clip-vit-base-patch16")
+
+
+def test_a_folder_that_is_not_here_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"download vision_encoder_name={tmp_path}/clip, .* or name a local folder in"):
+        make(tmp_path / "clip")
+
+
+def test_each_camera_may_have_an_encoder(clip: Path) -> None:
+    each = {"use_separate_rgb_encoder_per_camera": True, "image_resize_shape": [32, 32]}
+    model = make(clip, ["front", "wrist"], **each)
+    encoders = [name for name, _ in model.named_parameters() if ".vision_encoders." in name]
+    assert encoders
+    assert {model.part_of(name) for name in encoders} == {"vision"}
+    _, images = model.own_training
+    assert all(name.startswith(images.prefix) for name in encoders)
 
 
 def test_images_of_another_size_are_refused(clip: Path) -> None:

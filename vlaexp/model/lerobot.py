@@ -13,8 +13,8 @@ What LeRobot leaves open is closed here:
     padded steps    labels beyond the episode repeat its nearest action. Their loss is masked by LeRobot, or here for
                     pi0 and pi05; vqbet, wall_x, xvla and pi0_fast know no mask: they are trained on the repeated
                     action.
-    memory          vqbet and multi_task_dit keep none, neither of steps of training nor of past observations
-                    (`vlaexp.model.lerobot_vqbet`, `vlaexp.model.lerobot_multi_task_dit`).
+    memory          vqbet and multi_task_dit keep no past observations, the batch has them; vqbet's two phases of
+                    training follow the trainer's steps (`vlaexp.model.lerobot_vqbet`, `.lerobot_multi_task_dit`).
     loading         LeRobot's loaders may only warn; here all tensors of the file must be in the policy, and conversely.
 
 Policies that learn from images of later steps, or from rewards, are refused with the reason.
@@ -290,17 +290,18 @@ def explained(policy: str, config: PreTrainedConfig | None = None) -> Iterator[N
             "'model.settings={pretrained_backbone_weights: null}'"
         ) from error
     except OSError as error:
-        named = {} if config is None else {k: v for k, v in vars(config).items() if _is_hub_id(v)}
+        named = {} if config is None else {k: v for k, v in vars(config).items() if _is_source(v)}
         names = [f"{key}={value}" for key, value in named.items()] or HUB_IDS.get(policy, ["see the error"])
         raise UserError(
             f"model.policy={policy} needs files that are not here ({type(error).__name__}: {_first_line(error)}); "
             f"download {', '.join(names)} (`hf download NAME`) into HF_HUB_CACHE={constants.HF_HUB_CACHE}, or name a "
-            "local folder, or null, in model.settings"
+            "local folder in model.settings"
         ) from error
 
 
-def _is_hub_id(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
+def _is_source(value: Any) -> bool:
+    """Whether it reads as a hub id or a folder's path."""
+    return isinstance(value, str) and re.fullmatch(r"/?[\w.-]+(/[\w.-]+)+", value) is not None
 
 
 def _first_line(error: Exception) -> str:

@@ -41,15 +41,8 @@ class StatelessMultiTaskDiT(MultiTaskDiTPolicy):
         super().__init__(config, **kwargs)
         text = _checked(CLIPTextModel, "text_encoder_name", config.text_encoder_name)
         _check_tokenizer(config.text_encoder_name, text.vocab_size)
-        side = _checked(CLIPVisionModel, "vision_encoder_name", config.vision_encoder_name).image_size
-        given = next(feature.shape[1:] for feature in config.image_features.values())
-        seen = config.image_crop_shape or config.image_resize_shape or given
-        if tuple(seen) != (side, side):
-            raise UserError(
-                f"images of {seen[0]}x{seen[1]} would reach the CLIP model.settings.vision_encoder_name="
-                f"{config.vision_encoder_name}, which reads {side}x{side}; set model.image_size=[{side},{side}], or "
-                f"'model.settings={{image_resize_shape: [{side}, {side}]}}'"
-            )
+        for feature in config.image_features.values():
+            _check_size(config, feature.shape[1:])
 
     @property
     def own_training(self) -> tuple[OwnTraining, ...]:
@@ -73,6 +66,17 @@ def _checked(encoder: Any, key: str, name: str) -> Any:
             "left random; name one with image and text encoder, or download it again"
         )
     return made.config
+
+
+def _check_size(config: MultiTaskDiTConfig, given: tuple[int, ...]) -> None:
+    side = _checked(CLIPVisionModel, "vision_encoder_name", config.vision_encoder_name).image_size
+    height, width = config.image_crop_shape or config.image_resize_shape or given
+    if (height, width) != (side, side):
+        raise UserError(
+            f"images of {height}x{width} would reach the CLIP model.settings.vision_encoder_name="
+            f"{config.vision_encoder_name}, which reads {side}x{side}; set model.image_size=[{side},{side}], or "
+            f"'model.settings={{image_resize_shape: [{side}, {side}]}}'"
+        )
 
 
 def _check_tokenizer(name: str, known: int) -> None:
