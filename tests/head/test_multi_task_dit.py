@@ -250,9 +250,11 @@ def test_lerobot_alone_acts_as_the_merged_policy(keys: list[str], outputs: Path,
 # ---- its CLIP
 
 
-def make(clip: Path | str, cameras: Sequence[str] = ("front",), **settings: Any) -> LeRobotPolicy:
+def make(
+    clip: Path | str, cameras: Sequence[str] = ("front",), image_size: Sequence[int] | None = None, **settings: Any
+) -> LeRobotPolicy:
     both = {"vision_encoder_name": str(clip), "text_encoder_name": str(clip), "hidden_dim": 16, "num_heads": 2}
-    return LeRobotPolicy("multi_task_dit", cameras, 8, 7, 6, settings=both | settings)
+    return LeRobotPolicy("multi_task_dit", cameras, 8, 7, 6, settings=both | settings, image_size=image_size)
 
 
 def test_a_clip_that_is_not_here_is_named() -> None:
@@ -279,13 +281,15 @@ def test_each_camera_may_have_an_encoder(clip: Path) -> None:
     assert all(name.startswith(images.prefix) for name in encoders)
 
 
-def test_images_of_another_size_are_refused(clip: Path) -> None:
+@pytest.mark.parametrize(("settings", "side"), [({}, 96), ({"image_crop_shape": [40, 40]}, 40)])
+def test_images_of_another_size_are_refused(clip: Path, settings: dict[str, Any], side: int) -> None:
     with pytest.raises(
         UserError,
-        match=r"images of 96x96 would reach the CLIP .*vision_encoder_name=\S+, which reads 32x32; set "
-        r"model\.image_size=\[32,32\], or 'model\.settings=\{image_resize_shape: \[32, 32\]\}'",
+        match=rf"images of {side}x{side} would reach the CLIP .*vision_encoder_name=\S+, which reads 32x32; set "
+        r"model\.image_size=\[32,32\] and 'model\.settings=\{image_crop_shape: \[32, 32\]\}'",
     ):
-        make(clip)
+        make(clip, **settings)
+    make(clip, image_size=[32, 32], image_crop_shape=[32, 32])
     make(clip, image_resize_shape=[32, 32])
 
 

@@ -41,8 +41,8 @@ class StatelessMultiTaskDiT(MultiTaskDiTPolicy):
         super().__init__(config, **kwargs)
         text = _checked(CLIPTextModel, "text_encoder_name", config.text_encoder_name)
         _check_tokenizer(config.text_encoder_name, text.vocab_size)
-        for feature in config.image_features.values():
-            _check_size(config, feature.shape[1:])
+        if sizes := [feature.shape[1:] for feature in config.image_features.values()]:  # all the same, says LeRobot
+            _check_size(config, sizes[0])
 
     @property
     def own_training(self) -> tuple[OwnTraining, ...]:
@@ -74,8 +74,8 @@ def _check_size(config: MultiTaskDiTConfig, given: tuple[int, ...]) -> None:
     if (height, width) != (side, side):
         raise UserError(
             f"images of {height}x{width} would reach the CLIP model.settings.vision_encoder_name="
-            f"{config.vision_encoder_name}, which reads {side}x{side}; set model.image_size=[{side},{side}], or "
-            f"'model.settings={{image_resize_shape: [{side}, {side}]}}'"
+            f"{config.vision_encoder_name}, which reads {side}x{side}; set model.image_size=[{side},{side}] and "
+            f"'model.settings={{image_crop_shape: [{side}, {side}]}}'"
         )
 
 
