@@ -90,8 +90,9 @@ def dead_adapters(model: BaseModel, loss: Callable[[], Tensor], actions: Callabl
     """Layers whose adapters reach neither the loss nor the actions, so that they only cost memory and time.
 
     The loss is followed back: B is zero at the start, but its gradient is not, where the layer's output matters. What
-    gets no gradient is then filled with random numbers, because an output may also act through a detached tensor; dead
-    is what changes nothing at all. On the meta device there are no numbers, and having no path back decides.
+    gets no gradient is then changed at random, because an output may also act through a detached tensor; dead is what
+    changes nothing at all, although whatever else trains has been moved a little, because a gate that trains may begin
+    at zero. On the meta device there are no numbers, and having no path back decides.
 
     Args:
         model: with or without adapters.
@@ -112,22 +113,25 @@ def dead_adapters(model: BaseModel, loss: Callable[[], Tensor], actions: Callabl
         return silent
 
     def changes(*names: str) -> bool:
-        """Whether loss or actions differ while the adapters of these layers hold random numbers."""
-        with _random(p for name in names for p in by_layer[name].values()):
+        """Whether loss or actions differ while the adapters of these layers are changed."""
+        with _moved((p for name in names for p in by_layer[name].values()), 1.0):
             return not (torch.equal(loss(), before[0]) and torch.equal(actions(), before[1]))
 
-    with torch.no_grad():
+    quiet = {id(parameter) for name in silent for parameter in by_layer[name].values()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in quiet]
+    with torch.no_grad(), _moved(others, 0.01):
         before = loss(), actions()
         return silent if not changes(*silent) else [name for name in silent if not changes(name)]
 
 
 @contextmanager
-def _random(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def _moved(parameters: Iterable[nn.Parameter], size: float) -> Iterator[None]:
+    """For the while, with normal noise of this standard deviation added."""
     chosen = list(parameters)
     kept = [parameter.clone() for parameter in chosen]
     generator = torch.Generator().manual_seed(0)
     for parameter in chosen:
-        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
     try:
         yield
     finally:

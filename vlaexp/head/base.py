@@ -154,16 +154,18 @@ class Head(L.LightningModule, ABC):
         self.log_dict(values, batch_size=int(valid.sum()), on_step=False, on_epoch=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        adapters, apart, others = [], [], []
-        own = self.model.own_training
+        adapters, others = [], []
+        apart = [(own, []) for own in self.model.own_training]
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                by_itself = self.model.trains_by_itself(name.removeprefix("model."))
-                (adapters if "lora_" in name else apart if by_itself else others).append(parameter)
+                ruled = (group for own, group in apart if name.startswith(f"model.{own.prefix}"))
+                (adapters if "lora_" in name else next(ruled, others)).append(parameter)
         optimizer = self._optimizer([{"params": others}])  # empty where the model's own decoder is the whole head
         base_lr = optimizer.param_groups[0]["lr"]
-        if own is not None and apart:
-            optimizer.add_param_group({"params": apart, "lr": base_lr * own.lr_ratio, "weight_decay": own.weight_decay})
+        for own, group in apart:
+            if group:
+                decay = {} if own.weight_decay is None else {"weight_decay": own.weight_decay}
+                optimizer.add_param_group({"params": group, "lr": base_lr * own.lr_ratio, **decay})
         if adapters:
             optimizer.add_param_group({"params": adapters, "lr": base_lr * self._adapter_lr_ratio})
         scheduler = self._schedule(optimizer)

@@ -151,17 +151,19 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class OwnTraining:
-    """A module that freeze policies and adapters leave alone, because the model itself settles when it trains.
+    """Rules of training that a module has of its own.
 
     Attributes:
-        prefix: of the names of its parameters, with the dot.
-        lr_ratio: its learning rate as a multiple of the head's.
-        weight_decay: in place of the optimizer's.
+        prefix: of the names of its parameters.
+        lr_ratio: its learning rate as a multiple of the head's; adapters have theirs.
+        weight_decay: in place of the optimizer's; None for that.
+        settled: freeze policies and adapters leave the module alone, because the model itself settles when it trains.
     """
 
     prefix: str
-    lr_ratio: float
-    weight_decay: float
+    lr_ratio: float = 1.0
+    weight_decay: float | None = None
+    settled: bool = True
 
 
 class BaseModel(nn.Module, ABC):
@@ -178,7 +180,7 @@ class BaseModel(nn.Module, ABC):
         reinitialized: prefixes of parameters that the loaded weights did not fit (another robot).
         landmarks: layers that freeze policies name, as paths: `embeddings` (token embedding) and `last_layer` of the
             language part.
-        own_training: a module that trains by rules of its own; None where there is none.
+        own_training: the modules that train by rules of their own.
         goal_dim: width of the predicted auxiliary goal; 0 where the model predicts none.
         crops_at_evaluation: images differ between training and evaluation, so features are not cached.
         large: `vlaexp plan` builds it without weights, on the meta device.
@@ -192,7 +194,7 @@ class BaseModel(nn.Module, ABC):
     training_seeds: tuple[tuple[int, int], ...] = ()
     reinitialized: tuple[str, ...] = ()
     landmarks: Mapping[str, str] = MappingProxyType({})
-    own_training: OwnTraining | None = None
+    own_training: tuple[OwnTraining, ...] = ()
     goal_dim: int = 0
     crops_at_evaluation: bool = False
     large: bool = False
@@ -214,8 +216,8 @@ class BaseModel(nn.Module, ABC):
         return name.split(".", 1)[0]
 
     def trains_by_itself(self, name: str) -> bool:
-        """Whether the parameter or module of this dotted name is of `own_training`."""
-        return self.own_training is not None and name.startswith(self.own_training.prefix)
+        """Whether the parameter or module of this dotted name is left alone by freeze policies and adapters."""
+        return any(own.settled and name.startswith(own.prefix) for own in self.own_training)
 
     @property
     def sample_instructions(self) -> Sequence[str]:

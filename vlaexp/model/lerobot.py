@@ -2,9 +2,9 @@
 
 `model.policy` is LeRobot's name (`act`, `diffusion`, `vqbet`, `smolvla`, `pi0`, `pi05`, ...), `model.settings` are
 fields of its configuration. What vlaexp knows already goes into that configuration: LeRobot's `chunk_size`
-(`action_chunk_size` of vqbet) is `action_horizon`; the `horizon` of diffusion also counts the past steps,
-`action_horizon + n_obs_steps - 1`. The policy's own `n_action_steps` is the whole chunk, because some policies cut
-their prediction there; how much of it is executed is said by vlaexp's.
+(`action_chunk_size` of vqbet) is `action_horizon`; the `horizon` of diffusion and multi_task_dit also counts the past
+steps, `action_horizon + n_obs_steps - 1`. The policy's own `n_action_steps` is the whole chunk, because some policies
+cut their prediction there; how much of it is executed is said by vlaexp's.
 
 What LeRobot leaves open is closed here:
 
@@ -13,10 +13,11 @@ What LeRobot leaves open is closed here:
     padded steps    labels beyond the episode repeat its nearest action. Their loss is masked by LeRobot, or here for
                     pi0 and pi05; vqbet, wall_x, xvla and pi0_fast know no mask: they are trained on the repeated
                     action.
-    phases          vqbet's two of training follow the trainer's steps (`vlaexp.model.lerobot_vqbet`).
+    memory          vqbet and multi_task_dit keep no past observations, the batch has them; vqbet's two phases of
+                    training follow the trainer's steps (`vlaexp.model.lerobot_vqbet`, `.lerobot_multi_task_dit`).
     loading         LeRobot's loaders may only warn; here all tensors of the file must be in the policy, and conversely.
 
-Policies that read future images or a store of past steps of their own are refused with the reason.
+Policies that learn from images of later steps, or from rewards, are refused with the reason.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ from vlaexp.data_types import Observation
 from vlaexp.errors import UserError, nearest
 from vlaexp.model.base import BaseModel
 from vlaexp.model.layers import resize_with_pad
+from vlaexp.model.lerobot_multi_task_dit import StatelessMultiTaskDiT
 from vlaexp.model.lerobot_vqbet import TwoPhaseVQBeT
 from vlaexp.model.weights import fingerprint, read_safetensors
 
@@ -51,6 +53,7 @@ DEFAULT_IMAGE_SIZE = (96, 96)
 PARTS = (  # of a parameter, by a pattern in its dotted name; the first that matches; `decoder` where none does
     ("vision", r"^policy\.model\.backbone\.|\.(rgb_encoder|vision_tower|vision_model|visual)\."),
     ("projector", r"\.(encoder_img_feat_input_proj|rgb_feature_projector|multi_modal_projector|connector)\."),
+    ("projector", r"\.observation_encoder\.text_encoder\.projection\."),
     ("language", r"\.(language_model|text_model)\."),
 )
 FIXED = {  # fields that vlaexp sets, and the key that says them
@@ -71,12 +74,17 @@ HUB_IDS = {  # that LeRobot's code names itself
     "pi05": ["google/paligemma-3b-pt-224"],
     "pi0_fast": ["google/paligemma-3b-pt-224", "lerobot/fast-action-tokenizer"],
 }
+OWN_CLASSES = {"vqbet": TwoPhaseVQBeT, "multi_task_dit": StatelessMultiTaskDiT}  # LeRobot's, without their memory
 DETERMINISTIC = ("act",)
 UNMASKED = ("pi0", "pi05")  # forward of their inner model returns the loss (B, H, A) of every number
 REFUSED = {
-    "multi_task_dit": "it predicts from a store of past steps of its own",
     "tdmpc": "it plans by a world model that learns from rewards",
     "gaussian_actor": "it learns from rewards",
+}
+LATER_IMAGES = {  # than the observation's, from which a policy learns: the fields of its configuration that say which
+    "vla_jepa": ("num_video_frames",),
+    "fastwam": ("num_video_frames", "action_video_freq_ratio"),
+    "lingbot_va": ("frame_chunk_size", "action_per_frame"),
 }
 
 
@@ -121,9 +129,10 @@ class LeRobotPolicy(BaseModel):
         self._set_steps(config)
         with explained(policy, config):
             self.policy = _make_policy(config, weights)
-        if isinstance(self.policy, TwoPhaseVQBeT):
+        if isinstance(self.policy, TwoPhaseVQBeT | StatelessMultiTaskDiT):
             own = self.policy.own_training
-            self.own_training = dataclasses.replace(own, prefix=f"policy.{own.prefix}")
+            self.own_training = tuple(dataclasses.replace(rules, prefix=f"policy.{rules.prefix}") for rules in own)
+        if isinstance(self.policy, TwoPhaseVQBeT):
             self.policy.vqvae.requires_grad_(not self.policy.discretized)
         self._fingerprint = fingerprint(self.policy.state_dict())
 
@@ -134,10 +143,11 @@ class LeRobotPolicy(BaseModel):
     def _set_steps(self, config: PreTrainedConfig) -> None:
         """Which steps the policy looks at and is trained on, in LeRobot's `delta_indices`."""
         seen, labels = config.observation_delta_indices, config.action_delta_indices
-        if self.name in REFUSED or labels is None or (seen is not None and seen[-1] > 0):
-            reason = REFUSED.get(self.name, f"it reads images of the steps {seen} relative to the observation")
-            raise UserError(
-                f"model.policy={self.name} cannot be trained here: {reason}; choose act, diffusion or a VLA"
+        assert labels is not None
+        if seen is not None and seen[-1] > 0:
+            fields = ", ".join(f"{key}={getattr(config, key)}" for key in LATER_IMAGES[self.name])
+            raise _refused(
+                self.name, f"it learns from images of the steps {seen} ({fields}), and batches hold no later"
             )
         self._has_time = seen is not None
         self.n_obs_steps = 1 if seen is None else len(seen)
@@ -255,6 +265,12 @@ def _check_name(policy: str) -> None:
     known = PreTrainedConfig.get_known_choices()
     if policy not in known:
         raise UserError(f"unknown model.policy {policy!r}; {nearest(policy, known)}")
+    if policy in REFUSED:
+        raise _refused(policy, REFUSED[policy])
+
+
+def _refused(policy: str, reason: str) -> UserError:
+    return UserError(f"model.policy={policy} cannot be trained here: {reason}; choose act, diffusion or a VLA")
 
 
 @contextlib.contextmanager
@@ -274,17 +290,18 @@ def explained(policy: str, config: PreTrainedConfig | None = None) -> Iterator[N
             "'model.settings={pretrained_backbone_weights: null}'"
         ) from error
     except OSError as error:
-        named = {} if config is None else {k: v for k, v in vars(config).items() if _is_hub_id(v)}
+        named = {} if config is None else {k: v for k, v in vars(config).items() if _is_source(v)}
         names = [f"{key}={value}" for key, value in named.items()] or HUB_IDS.get(policy, ["see the error"])
         raise UserError(
             f"model.policy={policy} needs files that are not here ({type(error).__name__}: {_first_line(error)}); "
             f"download {', '.join(names)} (`hf download NAME`) into HF_HUB_CACHE={constants.HF_HUB_CACHE}, or name a "
-            "local folder, or null, in model.settings"
+            "local folder in model.settings"
         ) from error
 
 
-def _is_hub_id(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
+def _is_source(value: Any) -> bool:
+    """Whether it reads as a hub id or a folder's path."""
+    return isinstance(value, str) and re.fullmatch(r"/?[\w.-]+(/[\w.-]+)+", value) is not None
 
 
 def _first_line(error: Exception) -> str:
@@ -377,7 +394,7 @@ def _check_horizon(horizon: int, action_horizon: int, factor: int) -> None:
 
 
 def _policy_class(policy: str) -> type[PreTrainedPolicy]:
-    return TwoPhaseVQBeT if policy == "vqbet" else get_policy_class(policy)
+    return OWN_CLASSES.get(policy) or get_policy_class(policy)
 
 
 def _make_policy(config: PreTrainedConfig, weights: str | None) -> PreTrainedPolicy:
@@ -395,6 +412,8 @@ def _make_policy(config: PreTrainedConfig, weights: str | None) -> PreTrainedPol
         policy = cls.from_pretrained(weights, config=config, strict=True)
     except SafetensorError as error:
         raise UserError(f"{WEIGHTS} of model.weights={weights} is damaged ({error}); copy or train it again") from error
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from error  # `explained` says what to download

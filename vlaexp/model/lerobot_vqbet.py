@@ -44,11 +44,11 @@ class TwoPhaseVQBeT(VQBeTPolicy):
         return bool(self.vqvae.discretized)
 
     @property
-    def own_training(self) -> OwnTraining:
+    def own_training(self) -> tuple[OwnTraining, ...]:
         """The VQ-VAE's."""
         (prefix,) = (name for name, module in self.named_modules() if module is self.vqvae)
         ratio = self.config.optimizer_vqvae_lr / self.config.optimizer_lr
-        return OwnTraining(f"{prefix}.", ratio, self.config.optimizer_vqvae_weight_decay)
+        return (OwnTraining(f"{prefix}.", ratio, self.config.optimizer_vqvae_weight_decay),)
 
     def check_steps(self, max_steps: int) -> None:
         """Refuse a training that would end before the second phase.
