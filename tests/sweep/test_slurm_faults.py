@@ -157,7 +157,7 @@ def test_a_point_that_raises_fails_in_slurms_eyes_too(sweep, slurm):
     wait_for(lambda: grid.state("bad") == "failed", 30, "bad is not failed")
     assert grid.status()["bad"]["note"] == "UserError: this point is wrong; mend it"
     wait_for(lambda: slurm.states(ids["bad"])[ids["bad"]] == "FAILED", 30, "SLURM does not know")
-    assert slurm.states(ids["a"])[ids["a"]] == "COMPLETED"
+    wait_for(lambda: slurm.states(ids["a"])[ids["a"]] == "COMPLETED", 30, "SLURM does not know of the good one")
 
 
 def test_a_cancelled_point_saves_and_resumes(sweep, slurm):
