@@ -194,7 +194,7 @@ def test_a_multirun(outputs, slurm: SlurmCluster):
     parent = subprocess.run([sys.executable, "-c", code], check=False, env=environment, capture_output=True, text=True)
     assert parent.returncode == 1
     assert "trainer.batch_size=0; expected at least 1" in parent.stderr
-    assert sorted(slurm.states().values())[-4:].count("FAILED") == 2, "SLURM sees the two wrong points as failed"
+    wait_for(lambda: sorted(slurm.states().values())[-4:].count("FAILED") == 2, 30, "SLURM does not see two failures")
     runs = sorted((outputs / "runs").iterdir())
     assert len(runs) == 2
     for run in runs:
