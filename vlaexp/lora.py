@@ -31,17 +31,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlaexp.errors import UserError, nearest
 from vlaexp.model.base import PARTS, BaseModel
 from vlaexp.model.quantize import QUANTIZATIONS, Known, dequantize, quantize
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # at runtime where it is used: it takes seconds to import, and a plan needs none
 
 INSIDE_A_BLOCK = re.compile(r"\.\d+\.")  # layers that are numbered, `blocks.3.mlp.fc1`
 
@@ -165,12 +167,14 @@ def quantize_base(model: BaseModel, lora: Lora, freeze: Freeze, known: Known | N
     quantize(model, resting, known)
 
 
-def add_adapter(model: BaseModel, lora: Lora, freeze: Freeze) -> PeftModel:
+def add_adapter(model: BaseModel, lora: Lora, freeze: Freeze) -> "PeftModel":
     """Put fresh adapters into `model`, in place; what was trainable stays so, save layers that now carry an adapter.
 
     Returns:
         PEFT's wrapper around the same modules, for saving and merging.
     """
+    from peft import LoraConfig, get_peft_model
+
     trainable = _trainable(model)
     config = LoraConfig(
         r=lora.rank,
@@ -185,8 +189,24 @@ def add_adapter(model: BaseModel, lora: Lora, freeze: Freeze) -> PeftModel:
     return wrapped  # type: ignore[return-value]
 
 
-def load_adapter(model: BaseModel, folder: Path, trainable: bool = False) -> PeftModel:
+def rest_under_adapters(model: BaseModel, lora: Lora, freeze: Freeze) -> int:
+    """What `add_adapter` would do to gradients, without adapters; returns how many weights the adapters would have."""
+    count = 0
+    for name in target_modules(model, lora, freeze):
+        layer = model.get_submodule(name).requires_grad_(False)
+        if isinstance(layer, nn.Linear):
+            inputs, outputs = layer.in_features, layer.out_features
+        else:
+            assert isinstance(layer, nn.Conv2d)
+            inputs, outputs = layer.in_channels // layer.groups * prod(layer.kernel_size), layer.out_channels
+        count += lora.rank * (inputs + outputs) + lora.dora * outputs
+    return count
+
+
+def load_adapter(model: BaseModel, folder: Path, trainable: bool = False) -> "PeftModel":
     """Put a saved adapter (PEFT format) into `model`, in place."""
+    from peft import PeftModel
+
     keep = _trainable(model)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).exists():
@@ -204,6 +224,8 @@ def load_adapter(model: BaseModel, folder: Path, trainable: bool = False) -> Pef
 
 def merge_adapter(model: BaseModel) -> None:
     """Fold every adapter into the weights of its layer and remove it, in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()  # type: ignore[operator]
@@ -221,6 +243,8 @@ def dequantize_base(model: BaseModel, folder: Path) -> None:
 
 
 def _remove_adapter(model: BaseModel) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             parent, _, child = name.rpartition(".")

@@ -17,7 +17,7 @@ from vlaexp.trainer.policy_folder import FILES
 from vlaexp.trainer.sharding import layers_to_shard
 from vlaexp.workflow.data import training_frames
 from vlaexp.workflow.memory import GIB
-from vlaexp.workflow.plan import plan
+from vlaexp.workflow.plan import disk_gib, plan
 from vlaexp.workflow.rules_of_thumb import DEMONSTRATIONS, GPUS, Gpu
 from vlaexp.workflow.train import build, train
 
@@ -182,6 +182,27 @@ def test_time_and_disk_are_those_of_a_run(small: list[str], outputs: Path) -> No
     checkpoint = folder.parents[1] / "checkpoint.ckpt"
     assert found["disk_gib"]["checkpoint"] * GIB == pytest.approx(checkpoint.stat().st_size, rel=0.3)
     assert {file.name for file in folder.iterdir()} >= set(FILES)
+
+
+@pytest.mark.parametrize(
+    "adaptation",
+    [
+        ["lora=none"],
+        ["lora=none", "freeze=none"],
+        ["lora=r4"],
+        ["lora=r8", "lora.dora=true", "freeze=last_layer"],
+        ["lora=r4", "lora.targets=all-linear", "freeze=all"],
+        ["lora=r4", "lora.quantize=nf4"],
+        ["model=openvla_tiny", "lora=r4", "lora.targets=all-linear", "freeze=all"],
+        ["model=lerobot_act_tiny", "head=native", "lora=r4", "lora.targets=all-linear", "freeze=all"],
+        ["model=lerobot_diffusion_tiny", "head=native", "lora=r4", "lora.targets=[vision]", "freeze=vision"],
+    ],
+    ids=" ".join,
+)
+def test_disk_is_counted_without_adapters(small: list[str], adaptation: list[str]) -> None:
+    sizes = TINY if not adaptation[0].startswith("model=") else []
+    overrides = [*(text for text in small if sizes or not text.startswith("model.")), *sizes, *adaptation, "name=plan"]
+    assert disk_gib(compose("plan", overrides)) == pytest.approx(planned(*overrides)["disk_gib"])
 
 
 def test_verdict() -> None:

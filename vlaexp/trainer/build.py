@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from peft import PeftModel
 from torch import nn
 
 from vlaexp.action_spec import ActionSpec
@@ -27,6 +26,9 @@ from vlaexp.model.quantize import Known
 from vlaexp.model.sharing import own_memory
 from vlaexp.model.weights import copy_strictly, read_safetensors
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 INITS = ("auto", "pretrained", "scratch")
 
 
@@ -35,7 +37,7 @@ class Built:
     """A head on its adapted model, the adapter (PEFT's wrapper, or None), and what trains."""
 
     head: Head
-    adapter: PeftModel | None
+    adapter: "PeftModel | None"
     ledger: Ledger
 
 
@@ -57,6 +59,21 @@ def build(
         make_model: used in place of `build_model`, to lend a base that others hold too.
         known: the 4-bit weights of that base so far.
     """
+    head, lora, freeze = build_frozen(config, spec, state_dim, statistics, make_model, known)
+    adapter = add_adapter(head.model, lora, freeze) if lora.rank > 0 else None
+    own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
+    return Built(head, adapter, ledger(head.model, own, lora))
+
+
+def build_frozen(
+    config: dict[str, Any],
+    spec: ActionSpec,
+    state_dim: int,
+    statistics: NormStats,
+    make_model: Callable[..., BaseModel] | None = None,
+    known: Known | None = None,
+) -> tuple[Head, Lora, Freeze]:
+    """Model and head as they are before adapters come; for the arguments see `build`."""
     lora: Lora = instantiate(config["lora"], _convert_="all")
     freeze: Freeze = instantiate(config["freeze"], _convert_="all")
     torch.manual_seed(config["seed"])  # of fresh adapters
@@ -70,16 +87,14 @@ def build(
     head = build_head(config, model, spec, choose_norm_stats(config, model, spec, statistics))
     freeze_parts(model, freeze)
     quantize_base(model, lora, freeze, known)
-    adapter = add_adapter(model, lora, freeze) if lora.rank > 0 else None
-    own = [parameter for name, parameter in head.named_parameters() if not name.startswith("model.")]
-    built = Built(head, adapter, ledger(model, own, lora))
-    chosen = [parameter for name, parameter in model.named_parameters() if not model.trains_by_itself(name)]
-    if not any(parameter.requires_grad for parameter in (*own, *chosen)):
+    settled = {f"model.{name}" for name, _ in model.named_parameters() if model.trains_by_itself(name)}
+    chosen = [parameter for name, parameter in head.named_parameters() if name not in settled]
+    if lora.rank == 0 and not any(parameter.requires_grad for parameter in chosen):
         raise UserError(
             f"nothing would train: {freeze} is frozen, there are no adapters, and head={head.name} has no layers of "
             "its own here; set lora=r16 with lora.targets=, or freeze less"
         )
-    return built
+    return head, lora, freeze
 
 
 def build_model(

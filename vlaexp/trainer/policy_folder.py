@@ -13,11 +13,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.utils import instantiate
-from peft import PeftModel
 from safetensors.torch import save_file
 
 from vlaexp.action_spec import ActionSpec
@@ -32,11 +31,14 @@ from vlaexp.model.sharing import own_memory, twin
 from vlaexp.model.weights import copy_strictly, read_safetensors
 from vlaexp.trainer.build import build_head, build_model, model_sizes
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 FILES = ("config.yaml", "head.safetensors", "norm_stats.json", "action_spec.json")
 
 
 def save_policy(
-    folder: Path, head: Head, adapter: PeftModel | None, config: Mapping[str, Any], manifest: Mapping[str, Any]
+    folder: Path, head: Head, adapter: "PeftModel | None", config: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> Path:
     """Write the policy to `folder`, at once."""
     partial = folder.with_name(folder.name + ".partial")

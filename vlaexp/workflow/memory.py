@@ -1,7 +1,7 @@
 """What a training takes of a device's memory, by what holds it; and the refusal of a GPU that is too small."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,11 +23,18 @@ def build_for_planning(
     config: dict[str, Any], spec: ActionSpec, state_dim: int, statistics: NormStats
 ) -> tuple[Built, str]:
     """What `vlaexp train` would build, and where: a `large` model without weights, on the meta device."""
-    large = get_class(config["model"]["_target_"]).large
-    with torch.device("meta") if large else nullcontext():
+    with planning_device(config) as device:
         built = build(config, spec, state_dim, statistics)
     built.head.model.reach_step(config["trainer"]["max_steps"])  # the last phase, which has the policy in it
-    return built, "meta" if large else "cpu"
+    return built, device
+
+
+@contextmanager
+def planning_device(config: Mapping[str, Any]) -> Iterator[str]:
+    """Where a plan builds its model."""
+    large = get_class(config["model"]["_target_"]).large
+    with torch.device("meta") if large else nullcontext():
+        yield "meta" if large else "cpu"
 
 
 def memory_gib(built: Built, config: Mapping[str, Any], settings: Fit) -> dict[str, float]:

@@ -19,15 +19,19 @@ from vlaexp.config import resolved
 from vlaexp.dataset.normalize import NormStats, Statistics
 from vlaexp.dataset.targets import goal_dim, goal_units
 from vlaexp.errors import UserError, nearest
+from vlaexp.head.base import Head
 from vlaexp.head.tool_error import KINEMATICS
 from vlaexp.ledger import Ledger
-from vlaexp.trainer.build import Built
-from vlaexp.trainer.dry_run import bytes_of, find_dead_adapters
+from vlaexp.lora import rest_under_adapters
+from vlaexp.trainer.build import build_frozen
+from vlaexp.trainer.dry_run import bytes_of, find_dead_adapters, optimizer_bytes_per_weight_byte
 from vlaexp.trainer.fit import Fit
 from vlaexp.workflow.data import assign_cameras, load_demonstrations
 from vlaexp.workflow.measured import measured_steps, work_key
-from vlaexp.workflow.memory import GIB, build_for_planning, memory_gib, trained_gib
+from vlaexp.workflow.memory import GIB, build_for_planning, memory_gib, planning_device
 from vlaexp.workflow.rules_of_thumb import Gpu, find_gpu, usual_demonstrations
+
+ADAPTER_BYTES = 4  # PEFT keeps adapters in float32
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
         "trainable_share": built.ledger.trainable / built.ledger.total,
         "leave_out": f"'lora.exclude=[{','.join(dead)}]'" if dead else None,
         "time": expected_time(Path(cfg.outputs), config, settings.max_steps, gpu),
-        "disk_gib": _disk(built, settings, memory),
+        "disk_gib": _disk(built.head, settings, memory["adapters"], memory["gradients"] + memory["optimizer"]),
         "demonstrations": usual.beside(shapes.episodes),
         "verdict": None if gpu is None else gpu.verdict(memory["total"]),
         "batch_size": settings.batch_size,
@@ -120,17 +124,20 @@ def expected_time(outputs: Path, config: Mapping[str, Any], max_steps: int, gpu:
 
 
 def disk_gib(cfg: DictConfig) -> dict[str, float]:
-    """Disk that the training of a configuration takes, by what takes it, in GiB."""
+    """GiB of disk that a training takes, by what takes it; counted without adapters, which take long to import."""
     settings: Fit = instantiate(cfg.trainer)
     config, shapes = resolved(cfg), find_shapes(cfg)
-    built, _ = build_for_planning(config, shapes.spec, shapes.state_dim, shapes.statistics)
-    return _disk(built, settings, trained_gib(built, config))
+    with planning_device(config):
+        head, lora, freeze = build_frozen(config, shapes.spec, shapes.state_dim, shapes.statistics)
+    adapters = rest_under_adapters(head.model, lora, freeze) * ADAPTER_BYTES if lora.rank else 0
+    trained = adapters + bytes_of([parameter for parameter in head.parameters() if parameter.requires_grad])
+    optimizer = trained * optimizer_bytes_per_weight_byte(instantiate(config["optimizer"]))
+    return _disk(head, settings, adapters / GIB, (trained + optimizer) / GIB)
 
 
-def _disk(built: Built, settings: Fit, memory: Mapping[str, float]) -> dict[str, float]:
+def _disk(head: Head, settings: Fit, adapters: float, checkpoint: float) -> dict[str, float]:
     """A milestone holds adapters and the head's tensors; the one resume checkpoint what trains, and the optimizer."""
-    milestone = memory["adapters"] + bytes_of(list(built.head.own_tensors().values())) / GIB
+    milestone = adapters + bytes_of(list(head.own_tensors().values())) / GIB
     count = len({*settings.milestones, settings.max_steps})
-    checkpoint = memory["gradients"] + memory["optimizer"]
     disk = {"milestone": milestone, "milestones": count * milestone, "checkpoint": checkpoint}
     return disk | {"total": disk["milestones"] + checkpoint}
