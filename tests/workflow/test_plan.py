@@ -1,6 +1,8 @@
 """The plan of a training against the training: parameters, memory by part, adapters, time, disk."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,17 @@ def test_disk_is_counted_without_adapters(small: list[str], adaptation: list[str
     sizes = TINY if not adaptation[0].startswith("model=") else []
     overrides = [*(text for text in small if sizes or not text.startswith("model.")), *sizes, *adaptation, "name=plan"]
     assert disk_gib(compose("plan", overrides)) == pytest.approx(planned(*overrides)["disk_gib"])
+
+
+@pytest.mark.slow
+def test_disk_is_counted_without_peft(tmp_path: Path) -> None:
+    """Which takes seconds to import, most of what planning a sweep takes."""
+    code = (
+        "import sys\nfrom vlaexp.config import compose\nfrom vlaexp.workflow.plan import disk_gib\n"
+        f"disk_gib(compose('train', ['dataset=tabletop_pick', 'lora=r4', 'outputs={tmp_path}']))\n"
+        "assert 'torch' in sys.modules and 'peft' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_verdict() -> None:

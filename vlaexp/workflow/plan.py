@@ -124,9 +124,10 @@ def expected_time(outputs: Path, config: Mapping[str, Any], max_steps: int, gpu:
 
 
 def disk_gib(cfg: DictConfig) -> dict[str, float]:
-    """GiB of disk that a training takes, by what takes it; counted without adapters, which take long to import."""
+    """GiB of disk that a training takes, by what takes it; counted without PEFT, which takes seconds to import."""
     settings: Fit = instantiate(cfg.trainer)
     config, shapes = resolved(cfg), find_shapes(cfg)
+    config["schedule"] = {"_target_": "torch.optim.lr_scheduler.ConstantLR", "_partial_": True}  # transformers' would
     with planning_device(config):
         head, lora, freeze = build_frozen(config, shapes.spec, shapes.state_dim, shapes.statistics)
     adapters = rest_under_adapters(head.model, lora, freeze) * ADAPTER_BYTES if lora.rank else 0
