@@ -106,6 +106,29 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["action_representations", "base_models", "openvla_pusht", "rank_steps"])
+def test_every_study_is_planned_by_a_process_without_torch(study, tmp_path):
+    """Sizes then come from a process beside it."""
+    line = ["sweep", "submit", f"experiment={study}", f"outputs={tmp_path}", "dry_run=true", "format=json"]
+    code = f"import sys\nfrom vlaexp.cli import main\nassert main({line!r}) == 0\nassert 'torch' not in sys.modules\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["disk_gb"] > 0
+
+
+@pytest.mark.slow
+def test_a_wrong_study_is_refused_in_the_words_of_the_process_beside(tmp_path):
+    arm = '+arms.a={overrides:["dataset=tabletop_pick","lora=r4","lora.targets=[language.nothing]"]}'
+    line = ["sweep", "submit", "name=wrong", arm, f"outputs={tmp_path}", "dry_run=true"]
+    code = f"import sys\nfrom vlaexp.cli import main\nsys.exit(main({line!r}))\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "vlaexp sweep: lora.targets=language.nothing matches no layer of the part 'language'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_dry_run_is_never_a_real_one(tmp_path, capsys):
     line = ["experiment=rank_steps", f"outputs={tmp_path}", "dry_run=true"]
     assert cli.main(["sweep", *line]) == 0

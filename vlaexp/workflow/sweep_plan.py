@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vlaexp.config import resolved
 from vlaexp.errors import UserError
@@ -58,18 +58,19 @@ class Sizes:
     def ask(self, look: Look) -> None:
         """Begin with a configuration's size."""
         if look.work and look.work not in self._measured and look.work not in self._asked:
-            later = None if self._pool is None else self._pool.apply_async(_disk_gib, (look.cfg,))
-            self._asked[look.work] = partial(_disk_gib, look.cfg) if later is None else later.get
+            config = resolved(look.cfg)  # a DictConfig loses its interpolations on the way to another process
+            later = None if self._pool is None else self._pool.apply_async(_disk_gib, (config,))
+            self._asked[look.work] = partial(_disk_gib, config) if later is None else later.get
 
     def found(self) -> dict[str, dict[str, float]]:
         """GiB of a `milestone` and of the resume `checkpoint`, by key of the work."""
         return {work: size() for work, size in self._asked.items()}
 
 
-def _disk_gib(cfg: DictConfig) -> dict[str, float]:
+def _disk_gib(config: dict[str, Any]) -> dict[str, float]:
     from vlaexp.workflow.plan import disk_gib
 
-    return disk_gib(cfg)
+    return disk_gib(OmegaConf.create(config))
 
 
 def plan_sweep(cfg: DictConfig) -> SweepPlan:
